@@ -1,0 +1,113 @@
+"""What load to drive: who arrives when, and with what work. All seeded, all decided beforehand.
+
+Times are seconds, rates are per second, lengths are tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """`users` users, each sending its next request `think_time` after the end of its last one.
+
+    Users start spread evenly over `ramp` seconds (None: chosen by the duration), because equal
+    output lengths would otherwise keep all of them in step for the whole run.
+    """
+
+    users: int
+    think_time: float = 0.0
+    ramp: float | None = None
+    kind: Literal["closed"] = field(default="closed", init=False)
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.users, int) and self.users >= 1):
+            raise ValueError(f"closed_loop(users={self.users!r}): users must be a whole number from 1 up")
+        if self.think_time < 0:
+            raise ValueError(f"closed_loop(think_time={self.think_time!r}): think_time must not be negative")
+        if self.ramp is not None and self.ramp < 0:
+            raise ValueError(f"closed_loop(ramp={self.ramp!r}): ramp must not be negative")
+
+
+@dataclass(frozen=True)
+class OpenLoop:
+    """Requests arrive at `rate` per second whatever the server does, for `lead_in` seconds before
+    the measured interval and then through it (None: chosen by the duration)."""
+
+    rate: float
+    arrivals: Literal["poisson", "constant"] = "poisson"
+    lead_in: float | None = None
+    kind: Literal["open"] = field(default="open", init=False)
+
+    def __post_init__(self) -> None:
+        if not self.rate > 0:
+            raise ValueError(f"open_loop(rate={self.rate!r}): rate must be positive")
+        if self.arrivals not in ("poisson", "constant"):
+            raise ValueError(
+                f"open_loop(arrivals={self.arrivals!r}): arrivals must be 'poisson' or 'constant'"
+            )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one request asks for: exactly `prompt_tokens` in and `output_tokens` out.
+
+    Prompts are random and never repeat, so that a prefix cache cannot answer them, but for the
+    first `shared_prefix` tokens, which all requests have in common.
+    """
+
+    prompt_tokens: int = 128
+    output_tokens: int = 128
+    shared_prefix: int = 0
+    api: Literal["completions", "chat"] = "completions"
+    stream: bool = True
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """A load, complete: the same plan and seed give the same requests.
+
+    `duration` is the measured time: closed loop, from the end of the ramp; open loop, from the
+    end of the lead-in. `warmup` requests (a closed loop's users send them at once, ahead of the
+    plan) have prompts of their own and are never counted. Requests in flight at the end have
+    `drain` seconds to finish and are then cancelled. `timeout` bounds one request.
+    """
+
+    arrivals: ClosedLoop | OpenLoop
+    workload: Workload = Workload()
+    duration: float = 30.0
+    warmup: int = 0
+    drain: float = 30.0
+    timeout: float = 600.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where requests go. `url` is the base (`http://127.0.0.1:8000`), `body` further fields of each
+    request (how this engine fixes the output length), `token_ids` ids that are safe to draw
+    prompts from (empty: prompts are text)."""
+
+    url: str
+    model: str
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    body: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: tuple[int, ...] = field(default=(), repr=False)
+
+
+def closed_loop(users: int, *, think_time: float = 0.0, ramp: float | None = None) -> ClosedLoop:
+    """Arrivals of `users` concurrent users, each with one request in flight."""
+    return ClosedLoop(users=users, think_time=think_time, ramp=ramp)
+
+
+def open_loop(
+    rate: float,
+    *,
+    arrivals: Literal["poisson", "constant"] = "poisson",
+    lead_in: float | None = None,
+) -> OpenLoop:
+    """Arrivals at `rate` requests per second, independent of the answers."""
+    return OpenLoop(rate=rate, arrivals=arrivals, lead_in=lead_in)
