@@ -11,10 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
-
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Emulation:
     model: str = "qwen3-8b"
     weights: str = "nvfp4"
     kv: str = "fp8"
-    options: Mapping[str, Any] = EMPTY
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,8 @@ class ServerConfig:
     engine: str
     model: str = ""
     served_model_name: str | None = None
-    args: Mapping[str, Any] = EMPTY
-    env: Mapping[str, str] = EMPTY
+    args: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
     runner: ProcessRunner | ContainerRunner = field(default_factory=ProcessRunner)
     host: str = "127.0.0.1"
     port: int | None = None
@@ -93,14 +90,11 @@ class ServerConfig:
         """16 hex digits that are equal for configs that make the same server."""
         from dataclasses import asdict
 
-        plain = asdict(self, dict_factory=_plain)
+        plain = asdict(self)
         for irrelevant in ("name", "source", "ready_timeout", "stop_timeout"):
             plain.pop(irrelevant)
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in pairs}
+        text = json.dumps(plain, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -118,7 +112,7 @@ class Server:
     model: str
     engine: str
     version: str = ""
-    effective: Mapping[str, Any] = EMPTY
+    effective: Mapping[str, Any] = field(default_factory=dict)
     emulated: bool = False
     pid: int | None = None
     log: str | None = None
