@@ -1,0 +1,234 @@
+"""Service level objectives as data, and the verdict of a run by them.
+
+Nothing heavy is imported here: user tests import this at collection.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pytest_llmserve.errors import ConfigError
+from pytest_llmserve.report.units import show, show_time
+from pytest_llmserve.run import Outcome, Run, Verdict
+
+#: Metrics that are one number, and metrics that are a distribution (METRICS.md, "Per run").
+SCALARS = (
+    "output_throughput",
+    "total_throughput",
+    "request_throughput",
+    "goodput",
+    "requests",
+    "energy_per_token",
+    "roofline",
+    "tokens_per_event",
+    "concurrency.mean",
+    "concurrency.max",
+)
+DISTRIBUTIONS = ("ttft", "tpot", "itl", "e2e", "send_delay", "client_lag", "user_throughput")
+STATISTICS = ("mean", "min", "p50", "p90", "p95", "p99", "max")
+
+#: Samples that a percentile needs before a verdict may rest on it (METRICS.md, 99 % confidence).
+#: For the median: the fewest with a two-sided 99 % interval between two order statistics.
+MINIMUM_SAMPLES: Mapping[str, int] = {"p50": 8, "p90": 64, "p95": 130, "p99": 662}
+
+Relation = Literal[">=", "<="]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`metric` must be `relation` `bound`: `str()` of it is "ttft.p95 <= 0.5".
+
+    `metric` is a dotted name of METRICS.md, `bound` is in the metric's unit (seconds, per second,
+    counts). Raises ConfigError if there is no such metric or the bound is not a finite number.
+    """
+
+    metric: str
+    relation: Relation
+    bound: float
+
+    def __post_init__(self) -> None:
+        call = (
+            f"{'at_least' if self.relation == '>=' else 'at_most'}({self.metric!r}, {self.bound!r})"
+        )
+        if self.relation not in (">=", "<="):
+            raise ConfigError(f"objective relation {self.relation!r}: write '>=' or '<='")
+        if isinstance(self.bound, bool) or not isinstance(self.bound, (int, float)):
+            raise ConfigError(f"{call}: the bound must be a number")
+        if not math.isfinite(self.bound):
+            raise ConfigError(f"{call}: the bound must be finite")
+        check_metric(self.metric, call)
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.relation} {self.bound:g}"
+
+    def met(self, measured: float) -> bool:
+        return measured >= self.bound if self.relation == ">=" else measured <= self.bound
+
+
+def at_least(metric: str, bound: float) -> Objective:
+    """`metric` must be `bound` or more: `at_least("output_throughput", 1000)`."""
+    return Objective(metric, ">=", bound)
+
+
+def at_most(metric: str, bound: float) -> Objective:
+    """`metric` must be `bound` or less: `at_most("ttft.p95", 0.5)`."""
+    return Objective(metric, "<=", bound)
+
+
+def known_metrics() -> tuple[str, ...]:
+    """Every name an objective may use, apart from `errors.KIND`."""
+    return SCALARS + tuple(f"{d}.{s}" for d in DISTRIBUTIONS for s in STATISTICS)
+
+
+def check_metric(name: object, where: str) -> None:
+    """ConfigError, naming the nearest names, if there is no metric `name`."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: a metric is named by a string such as 'ttft.p95'")
+    known = known_metrics()
+    if name in known or re.fullmatch(r"errors\.[a-z_]+", name):
+        return
+    if name in DISTRIBUTIONS or name == "concurrency":
+        inner = [k for k in known if k.startswith(name + ".")]
+        raise ConfigError(f"{where}: {name!r} is a group: name one of {', '.join(inner)}")
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    if name == "users":
+        near = ["concurrency.max"]
+    mend = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(known)}"
+    raise ConfigError(f"{where}: no metric {name!r}: {mend}")
+
+
+def judge(run: Run, objectives: Iterable[Objective]) -> tuple[Verdict, ...]:
+    """One verdict an objective, in their order.
+
+    All are invalid if the run is (with the failed checks as the reason). An objective on a
+    percentile of too few samples, or on what could not be measured, is inconclusive.
+    """
+    return tuple(_judge(run, objective) for objective in objectives)
+
+
+def _judge(run: Run, objective: Objective) -> Verdict:
+    try:
+        value = run[objective.metric]
+    except KeyError:
+        value = math.nan
+    measured = value if math.isfinite(value) else None
+
+    def verdict(outcome: Outcome, reason: str) -> Verdict:
+        return Verdict(str(objective), measured, objective.bound, outcome, reason)
+
+    if not run.valid:
+        return verdict("invalid", invalid_reason(run))
+    if measured is None:
+        return verdict("inconclusive", f"{objective.metric} could not be measured in this run")
+    lacking = uncertified(run.metrics, objective.metric)
+    if lacking:
+        return verdict(
+            "inconclusive", f"{show(objective.metric, measured)} measured, but {lacking}"
+        )
+    if objective.met(measured):
+        return verdict("pass", f"{show(objective.metric, measured)} measured")
+    return verdict("fail", _explain(run, objective, measured))
+
+
+def invalid_reason(run: Run) -> str:
+    """The failed validity checks of a run, with their details."""
+    return "; ".join(f"{c.check}: {c.detail}" for c in run.validity if not c.ok)
+
+
+def uncertified(metrics: Mapping[str, Any], name: str) -> str | None:
+    """Why no verdict may rest on this metric (too few samples), or None if one may.
+
+    `metrics` is nested as in the result file. A group's own `certified` list decides where there
+    is one, else its `n` does.
+    """
+    group_name, _, statistic = name.rpartition(".")
+    group = metrics.get(group_name)
+    if statistic not in MINIMUM_SAMPLES or not isinstance(group, Mapping):
+        return None
+    n, needed = int(group.get("n") or 0), MINIMUM_SAMPLES[statistic]
+    listed = group.get("certified")
+    certified = n >= needed if listed is None else statistic in listed
+    if certified:
+        return None
+    return (
+        f"{statistic} rests on {n:,} samples and needs {max(needed, n + 1):,}: "
+        "lengthen the load's duration"
+    )
+
+
+def worst(verdicts: Iterable[Verdict]) -> Outcome | None:
+    """The verdict that decides: invalid, fail, inconclusive, pass, in this order; None of none."""
+    order: Sequence[Outcome] = ("pass", "inconclusive", "fail", "invalid")
+    return max((v.verdict for v in verdicts), key=order.index, default=None)
+
+
+def _explain(run: Run, objective: Objective, measured: float) -> str:
+    """Why a missed objective was missed: measured, bound, margin, and what went with it."""
+    metric, bound = objective.metric, objective.bound
+    missed = abs(measured - bound)
+    side = "short of" if objective.relation == ">=" else "over"
+    parts = [f"{show(metric, measured)} measured is {show(metric, missed)}"]
+    if bound:
+        parts[0] += f" ({missed / abs(bound):.1%})".replace("%", " %")
+    parts[0] += f" {side} the bound of {show(metric, bound)}"
+    noise = _noise(run.metrics, metric)
+    if noise:
+        parts[0] += f", {missed / noise:.1f} times the half-width of its confidence interval"
+    return "; ".join([*parts, *symptoms(run)])
+
+
+def _noise(metrics: Mapping[str, Any], name: str) -> float | None:
+    """Half the width of the metric's confidence interval, where the run has one."""
+    group_name, _, statistic = name.rpartition(".")
+    group = metrics.get(group_name)
+    interval = group.get("ci", {}).get(statistic) if isinstance(group, Mapping) else None
+    if not interval or any(end is None or not math.isfinite(end) for end in interval):
+        return None
+    low, high = interval
+    return (high - low) / 2 if high > low else None
+
+
+def symptoms(run: Run) -> Iterator[str]:
+    """What the server's and the client's own figures say beside a missed objective."""
+    server = run.server_metrics
+
+    def value(name: str) -> float | None:
+        return number(server, name)
+
+    queue_time, queued = value("queue_time.sum"), value("queue_time.count")
+    if queue_time and queued:
+        yield f"requests queued {show_time(queue_time / queued)} on the server on average"
+    waiting = value("waiting.max") or value("waiting")
+    if waiting:
+        yield f"up to {waiting:g} requests waited at once"
+    preemptions = value("preemptions")
+    if preemptions:
+        yield f"{preemptions:g} preemptions (KV cache full)"
+    kv_usage = value("kv_usage.max") or value("kv_usage")
+    if kv_usage and kv_usage > 0.9:
+        yield f"KV cache up to {kv_usage:.0%} full"
+    queries, hits = value("prefix_queries"), value("prefix_hits")
+    if queries:
+        yield f"prefix cache answered {(hits or 0) / queries:.0%} of prompt tokens"
+    send_delay = number(run.metrics, "send_delay.p99")
+    ttft = number(run.metrics, "ttft.p50")
+    if send_delay and ttft and send_delay > 0.01 * ttft:
+        yield f"the client sent up to {show_time(send_delay)} late (p99)"
+
+
+def number(tree: Mapping[str, Any], name: str) -> float | None:
+    """A finite number under a dotted name, whether the mapping is nested or flat; else None."""
+    value: Any = tree.get(name)
+    if value is None:
+        value = tree
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
