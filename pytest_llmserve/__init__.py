@@ -1,3 +1,17 @@
-"""A pytest plugin that serves language models, puts them under load and gives a verdict."""
+"""A pytest plugin that serves language models, puts them under load and gives a verdict.
+
+from pytest_llmserve import at_least, at_most, closed_loop
+
+@pytest.mark.llmserve(server="qwen3-8b-nvfp4")
+def test_thirty_users(llm_server, load, slo, baseline):
+    run = load(closed_loop(users=30), duration=60)
+    slo.check(run, at_least("output_throughput", 1000), at_most("ttft.p95", 0.5))
+    baseline.check(run)
+"""
 
 from __future__ import annotations
+
+from pytest_llmserve.load.plan import closed_loop, open_loop
+from pytest_llmserve.verdict.slo import at_least, at_most
+
+__all__ = ["at_least", "at_most", "closed_loop", "open_loop"]

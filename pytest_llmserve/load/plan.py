@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+#: The ramp or lead-in that is chosen for a plan is a fifth of its duration, and at most this.
+LONGEST_LEAD = 10.0
+
 
 @dataclass(frozen=True)
 class ClosedLoop:
@@ -25,9 +28,13 @@ class ClosedLoop:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.users, int) and self.users >= 1):
-            raise ValueError(f"closed_loop(users={self.users!r}): users must be a whole number from 1 up")
+            raise ValueError(
+                f"closed_loop(users={self.users!r}): users must be a whole number from 1 up"
+            )
         if self.think_time < 0:
-            raise ValueError(f"closed_loop(think_time={self.think_time!r}): think_time must not be negative")
+            raise ValueError(
+                f"closed_loop(think_time={self.think_time!r}): think_time must not be negative"
+            )
         if self.ramp is not None and self.ramp < 0:
             raise ValueError(f"closed_loop(ramp={self.ramp!r}): ramp must not be negative")
 
@@ -65,6 +72,26 @@ class Workload:
     api: Literal["completions", "chat"] = "completions"
     stream: bool = True
 
+    def __post_init__(self) -> None:
+        for name, least in (("prompt_tokens", 1), ("output_tokens", 1), ("shared_prefix", 0)):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= least):
+                raise ValueError(
+                    f"Workload({name}={value!r}): {name} must be a whole number from {least} up"
+                )
+        if self.shared_prefix > self.prompt_tokens:
+            raise ValueError(
+                f"Workload(shared_prefix={self.shared_prefix}): the prefix must not be longer than "
+                f"the prompt of {self.prompt_tokens} tokens"
+            )
+        if self.api not in ("completions", "chat"):
+            raise ValueError(f"Workload(api={self.api!r}): api must be 'completions' or 'chat'")
+
+    @property
+    def longest_prompt(self) -> int:
+        """The most tokens that one prompt has."""
+        return self.prompt_tokens
+
 
 @dataclass(frozen=True)
 class LoadPlan:
@@ -83,6 +110,29 @@ class LoadPlan:
     drain: float = 30.0
     timeout: float = 600.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("duration", "timeout"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"LoadPlan({name}={getattr(self, name)!r}): {name} must be a positive time"
+                )
+        for name in ("warmup", "drain", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"LoadPlan({name}={getattr(self, name)!r}): {name} must not be negative"
+                )
+
+    @property
+    def lead(self) -> float:
+        """Seconds from the plan's start to the measured interval: the ramp or the lead-in."""
+        if isinstance(self.arrivals, ClosedLoop):
+            chosen = self.arrivals.ramp
+            if chosen is None and self.arrivals.users == 1:
+                return 0.0
+        else:
+            chosen = self.arrivals.lead_in
+        return min(LONGEST_LEAD, self.duration / 5) if chosen is None else chosen
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,245 @@
+"""The fixtures: `llm_server`, `load`, `slo`, `baseline`. To make more of them: `factories`.
+
+Each is a small callable object over the session and the test's own list of runs; nothing here
+imports more than pytest until it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+
+from pytest_llmserve.errors import ConfigError, LoadError, ServerError
+from pytest_llmserve.load.plan import ClosedLoop, LoadPlan, OpenLoop, Workload
+from pytest_llmserve.outcome import Measured, TestRecord, test_record
+from pytest_llmserve.run import Run, Verdict
+
+if TYPE_CHECKING:
+    from pytest_llmserve.servers import Server
+    from pytest_llmserve.session import Session
+    from pytest_llmserve.verdict.slo import Objective
+
+MARKER = "llmserve"
+
+
+def stop_test(error: Exception) -> None:
+    """Fail the test with the error's one sentence and no traceback."""
+    pytest.fail(str(error), pytrace=False)
+
+
+def serve(request: pytest.FixtureRequest, arguments: Mapping[str, Any], where: str) -> Server:
+    """The server for these marker or factory arguments; ends the test if it cannot be had."""
+    from pytest_llmserve.plugin import session_of
+    from pytest_llmserve.resolve import resolve
+
+    session = session_of(request.config)
+    reporter = _progress(request.config)
+    try:
+        config = resolve(session.settings, arguments, where).config
+        with reporter(f"starting {config.name}") as stage:
+            return session.serve(config, stage)
+    except ServerError as error:
+        session.kept = True
+        stop_test(error)
+    except ConfigError as error:
+        stop_test(error)
+    raise AssertionError  # stop_test never returns
+
+
+def _progress(config: pytest.Config) -> Any:
+    from pytest_llmserve.report.progress import live
+
+    return lambda title: live(config, title)
+
+
+def marker_arguments(item: pytest.Item) -> Mapping[str, Any]:
+    """The arguments of the test's `llmserve` marker; the closest one counts."""
+    marker = item.get_closest_marker(MARKER)
+    if marker is None:
+        return {}
+    if marker.args:
+        raise ConfigError(
+            f"{item.nodeid}: @pytest.mark.llmserve takes keywords only, "
+            f"such as server={marker.args[0]!r}"
+        )
+    return marker.kwargs
+
+
+@pytest.fixture
+def llm_server(request: pytest.FixtureRequest) -> Generator[Server, None, None]:
+    """The server that the options and the test's `llmserve` marker name: started once per effective
+    config, shared by all tests, ended with the run. No other test loads this machine meanwhile."""
+    from pytest_llmserve.plugin import session_of
+
+    session = session_of(request.config)
+    with session.alone():
+        try:
+            arguments = marker_arguments(request.node)
+        except ConfigError as error:
+            stop_test(error)
+        yield serve(request, arguments, f"{request.node.nodeid}: @pytest.mark.llmserve")
+
+
+@dataclass(frozen=True)
+class Load:
+    """`load(arrivals, duration=…)`: drive a load against the server and measure it."""
+
+    server: Server
+    session: Session
+    record: TestRecord
+    config: pytest.Config
+
+    def __call__(
+        self,
+        arrivals: ClosedLoop | OpenLoop,
+        *,
+        duration: float = 30.0,
+        prompt_tokens: int = 128,
+        output_tokens: int = 128,
+        api: Literal["completions", "chat"] = "completions",
+        stream: bool = True,
+        shared_prefix: int = 0,
+        warmup: int | None = None,
+        drain: float = 60.0,
+        timeout: float = 600.0,
+        seed: int | None = None,
+        allow_errors: float = 0.0,
+    ) -> Run:
+        """Measure one load; all lengths in tokens, all times in seconds.
+
+        `warmup` requests go ahead unmeasured (None: one for each user). `allow_errors` is the
+        share of requests that may fail in a valid run. `seed` repeats an earlier run's requests;
+        without one the prompts are new. A run that is no measurement (`Run.valid` is false) makes
+        the test an error, whatever it asserts.
+        """
+        from pytest_llmserve.measurement import fresh_seed
+
+        try:
+            workload = Workload(prompt_tokens, output_tokens, shared_prefix, api, stream)
+            users = arrivals.users if isinstance(arrivals, ClosedLoop) else 8
+            plan = LoadPlan(
+                arrivals=arrivals,
+                workload=workload,
+                duration=duration,
+                warmup=users if warmup is None else warmup,
+                drain=drain,
+                timeout=timeout,
+                seed=fresh_seed() if seed is None else seed,
+            )
+        except ValueError as error:
+            stop_test(error)
+        return self.again(plan, allow_errors=allow_errors)
+
+    def again(self, plan: LoadPlan, *, allow_errors: float = 0.0) -> Run:
+        """Measure a plan as it stands; with another seed it is an independent repeat."""
+        from pytest_llmserve.measurement import record_name, take
+        from pytest_llmserve.report.progress import live_load
+
+        path = record_name(self.session.run_dir)
+        try:
+            with live_load(self.config, self.server, plan) as progress:
+                run = take(
+                    self.server,
+                    plan,
+                    test=self.record.nodeid,
+                    record_path=path,
+                    alive=lambda: self.session.manager.alive(self.server),
+                    progress=progress,
+                    allow_errors=allow_errors,
+                )
+        except LoadError as error:
+            reason = self.session.manager.exit_reason(self.server)
+            stop_test(LoadError(f"{error} {reason}") if reason else error)
+        self.record.measured.append(Measured(run, str(path)))
+        return run
+
+
+@pytest.fixture
+def load(request: pytest.FixtureRequest, llm_server: Server) -> Load:
+    """Callable that drives a load against `llm_server` and measures it (see `Load.__call__`)."""
+    return make_load(request, llm_server)
+
+
+def make_load(request: pytest.FixtureRequest, server: Server) -> Load:
+    from pytest_llmserve.plugin import session_of
+
+    return Load(server, session_of(request.config), test_record(request.node), request.config)
+
+
+@dataclass(frozen=True)
+class SLO:
+    """`slo.check(run, at_least("output_throughput", 1000), …)`."""
+
+    record: TestRecord
+
+    def check(self, run: Run, *objectives: Objective) -> tuple[Verdict, ...]:
+        """Judge a run by objectives. Fails the test if one is missed, ends it in error if the run
+        is invalid; an inconclusive objective shows in the summary (and fails under
+        `--llmserve-strict`)."""
+        from pytest_llmserve.verdict.slo import judge
+
+        if not objectives:
+            stop_test(ConfigError("slo.check(run) without an objective proves nothing: add one"))
+        verdicts = judge(run, objectives)
+        self.record.add(run, verdicts)
+        self.record.stop_if_bad(verdicts)
+        return verdicts
+
+
+@pytest.fixture
+def slo(request: pytest.FixtureRequest) -> SLO:
+    """Judges runs by service level objectives."""
+    return SLO(test_record(request.node))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """`baseline.check(run)`: compare with the stored runs of this test on this hardware."""
+
+    session: Session
+    record: TestRecord
+    request: pytest.FixtureRequest
+
+    def check(self, run: Run, metrics: Sequence[str] | None = None) -> tuple[Verdict, ...]:
+        """Judge a run by its baseline; store it if `--llmserve-update-baselines` asks for it.
+
+        `metrics` are dotted names (None: throughput, TTFT p95 and TPOT p50). A run that seems to
+        regress is measured once more before it counts. Outcomes as for `SLO.check`.
+        """
+        from pytest_llmserve.verdict import baseline
+
+        settings = self.session.settings
+        try:
+            verdicts = baseline.compare(
+                run, settings.baselines, metrics=metrics, rerun=lambda: self._rerun(run)
+            )
+            verdicts += baseline.store(
+                run,
+                settings.baselines,
+                verdicts,
+                mode=settings.update_baselines,
+                reason=settings.reason,
+            )
+        except ConfigError as error:
+            stop_test(error)
+        self.record.add(run, verdicts)
+        self.record.stop_if_bad(verdicts)
+        return verdicts
+
+    def _rerun(self, run: Run) -> Run:
+        from pytest_llmserve.measurement import fresh_seed
+
+        load = make_load(self.request, run.server)
+        return load.again(dataclasses.replace(run.plan, seed=fresh_seed()))
+
+
+@pytest.fixture
+def baseline(request: pytest.FixtureRequest) -> Baseline:
+    """Compares runs with stored baselines."""
+    from pytest_llmserve.plugin import session_of
+
+    return Baseline(session_of(request.config), test_record(request.node), request)

@@ -1,0 +1,134 @@
+"""What one test measured and how it was judged, and how that becomes the outcome pytest shows.
+
+pass → passed. fail → failed. inconclusive → passed with its own letter and summary, failed under
+strict. invalid → error: a test with an invalid run never passes, even if it never asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from pytest_llmserve.run import Outcome, Run, Verdict
+
+_RECORD: pytest.StashKey[TestRecord] = pytest.StashKey()
+_ORDER: tuple[Outcome, ...] = ("pass", "inconclusive", "fail", "invalid")
+
+
+@dataclass
+class Measured:
+    """One run of a test with its verdicts and the file of its arrays."""
+
+    run: Run
+    events: str
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Outcome | None:
+        """The worst verdict; invalid for an invalid run; None if nothing was asked of it."""
+        if not self.run.valid:
+            return "invalid"
+        return worst(v.verdict for v in self.verdicts)
+
+
+@dataclass
+class TestRecord:
+    """All runs of one test, in order."""
+
+    __test__ = False  # not a test class, whatever pytest makes of its name
+
+    nodeid: str
+    measured: list[Measured] = field(default_factory=list)
+
+    def add(self, run: Run, verdicts: Sequence[Verdict]) -> None:
+        """Note verdicts on a run of this test."""
+        for measured in self.measured:
+            if measured.run is run:
+                measured.verdicts.extend(verdicts)
+                return
+        raise pytest.UsageError(f"{self.nodeid}: a run may only be judged in the test that made it")
+
+    def stop_if_bad(self, verdicts: Iterable[Verdict]) -> None:
+        """End the test if a verdict is fail or invalid, with all bad verdicts explained."""
+        bad = [v for v in verdicts if v.verdict in ("fail", "invalid")]
+        if bad:
+            pytest.fail(explain(bad), pytrace=False)
+
+    @property
+    def verdict(self) -> Outcome | None:
+        """The worst verdict of all runs."""
+        return worst(m.verdict for m in self.measured if m.verdict)
+
+
+def test_record(item: pytest.Item) -> TestRecord:
+    """The record of a test, made on first use."""
+    return item.stash.setdefault(_RECORD, TestRecord(item.nodeid))
+
+
+test_record.__test__ = False  # type: ignore[attr-defined]
+
+
+def worst(verdicts: Iterable[Outcome]) -> Outcome | None:
+    """The verdict that decides: invalid, fail, inconclusive, pass, in this order; None of none."""
+    return max(verdicts, key=_ORDER.index, default=None)
+
+
+def explain(verdicts: Iterable[Verdict]) -> str:
+    """One line for each verdict: its objective and the reason; equal reasons once."""
+    lines = dict.fromkeys(
+        f"{v.verdict}: {v.reason}"
+        if v.verdict == "invalid"
+        else f"{v.verdict}: {v.objective}: {v.reason}"
+        for v in verdicts
+    )
+    return "\n".join(lines)
+
+
+def decide(item: pytest.Item, report: pytest.TestReport, *, strict: bool) -> None:
+    """Put the test's verdict on the report of its call, and make the outcome agree with it."""
+    record = item.stash.get(_RECORD, None)
+    if record is None or not record.measured:
+        return
+    verdict = record.verdict
+    verdicts = [v for m in record.measured for v in m.verdicts]
+    if report.passed and verdict == "invalid":
+        bad = [c for m in record.measured for c in m.run.validity if not c.ok]
+        report.outcome = "failed"
+        report.longrepr = "\n".join(f"invalid: {c.check}: {c.detail}" for c in bad)
+    elif report.passed and verdict == "inconclusive" and strict:
+        report.outcome = "failed"
+        report.longrepr = explain(v for v in verdicts if v.verdict == "inconclusive")
+    from pytest_llmserve.report.result import run_to_dict
+
+    runs: list[dict[str, Any]] = [run_to_dict(m) for m in record.measured]
+    report.llmserve = {"verdict": verdict, "runs": runs}  # type: ignore[attr-defined]
+    item.user_properties.extend(_properties(runs))
+    report.user_properties = list(item.user_properties)
+
+
+def _properties(runs: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """JUnit properties: every scalar metric, verdict and objective of every run."""
+    found: list[tuple[str, str]] = []
+    for number, run in enumerate(runs):
+        prefix = "llmserve." if len(runs) == 1 else f"llmserve.{number}."
+        found.append((prefix + "emulated", str(run["emulated"]).lower()))
+        found.append((prefix + "verdict", str(run["verdict"])))
+        for check in run["validity"]:
+            if not check["ok"]:
+                found.append((prefix + "invalid." + check["check"], check["detail"]))
+        for verdict in run["verdicts"]:
+            found.append((f"{prefix}{verdict['objective']}", verdict["verdict"]))
+        for name, value in run["metrics"].items():
+            if isinstance(value, dict):
+                inner = {f"{name}.{k}": v for k, v in value.items()}
+            else:
+                inner = {name: value}
+            found += [
+                (prefix + k, repr(v))
+                for k, v in inner.items()
+                if isinstance(v, (int, float)) and not isinstance(v, bool)
+            ]
+    return found

@@ -1,0 +1,181 @@
+"""pytest hooks, nothing else.
+
+Loaded into every pytest run of its users: it imports little, and does nothing in a run in which
+no test uses the fixtures or the `llmserve` marker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_llmserve.config import Settings, add_options, read_settings
+from pytest_llmserve.errors import ConfigError
+from pytest_llmserve.fixtures import MARKER, baseline, llm_server, load, marker_arguments, slo
+
+if TYPE_CHECKING:
+    from pytest_llmserve.session import Session
+
+__all__ = ["baseline", "llm_server", "load", "slo"]
+
+_SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
+_SESSION: pytest.StashKey[Session] = pytest.StashKey()
+_RUN_DIR: pytest.StashKey[Path] = pytest.StashKey()
+_SERVERS: pytest.StashKey[list[str]] = pytest.StashKey()
+_BAD_ITEM: pytest.StashKey[str] = pytest.StashKey()
+
+_MARKERS = (
+    "llmserve(server=…, engine=…, model=…, args={…}): the server this test measures",
+    "capstone: 30 users, 1,000 tokens/s, TTFT p95, latency under load",
+)
+
+
+def session_of(config: pytest.Config) -> Session:
+    """The session of this process, made when first asked for."""
+    if _SESSION not in config.stash:
+        from pytest_llmserve.session import Session
+
+        owner = _worker_input(config).get("llmserve_owner", os.getpid())
+        config.stash[_SESSION] = Session(config.stash[_SETTINGS], _run_dir(config), owner)
+    return config.stash[_SESSION]
+
+
+def _worker_input(config: pytest.Config) -> Mapping[str, Any]:
+    """What the pytest-xdist controller told this worker; empty in any other process."""
+    return getattr(config, "workerinput", {})
+
+
+def _run_dir(config: pytest.Config) -> Path:
+    if _RUN_DIR not in config.stash:
+        from pytest_llmserve.session import new_run_dir
+
+        told = _worker_input(config).get("llmserve_run_dir")
+        config.stash[_RUN_DIR] = Path(told) if told else new_run_dir()
+    return config.stash[_RUN_DIR]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in _MARKERS:
+        config.addinivalue_line("markers", line)
+    try:
+        settings = config.stash[_SETTINGS] = read_settings(config)
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from None
+    if not _worker_input(config):
+        config.pluginmanager.register(Results(settings), "llmserve-results")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """pytest-xdist: tell a worker whose run it belongs to."""
+    node.workerinput["llmserve_owner"] = os.getpid()
+    node.workerinput["llmserve_run_dir"] = str(_run_dir(node.config))
+
+
+def _is_ours(item: pytest.Item) -> bool:
+    return item.get_closest_marker(MARKER) is not None or "llm_server" in getattr(
+        item, "fixturenames", ()
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Check every marker before anything starts, and put tests of one server together."""
+    ours = [item for item in items if _is_ours(item)]
+    if not ours:
+        return
+    from pytest_llmserve.report.terminal import server_line
+    from pytest_llmserve.resolve import resolve
+
+    settings = config.stash[_SETTINGS]
+    order: dict[str, int] = {}
+    keys: dict[pytest.Item, int] = {}
+    lines: dict[str, None] = {}
+    for item in ours:
+        try:
+            where = f"{item.nodeid}: @pytest.mark.llmserve"
+            found = resolve(settings, marker_arguments(item), where)
+        except ConfigError as error:
+            if not _worker_input(config):
+                raise pytest.UsageError(str(error)) from None
+            # A usage error would kill an xdist worker without a word: let the test say it.
+            item.stash[_BAD_ITEM] = str(error)
+            keys[item] = len(order)
+            continue
+        keys[item] = order.setdefault(found.config.key, len(order))
+        lines[server_line(found, settings)] = None
+    config.stash[_SERVERS] = list(lines)
+    grouped = iter(sorted(ours, key=keys.__getitem__))
+    items[:] = [next(grouped) if item in keys else item for item in items]
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
+    return config.stash.get(_SERVERS, [])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _BAD_ITEM in item.stash:
+        pytest.fail(item.stash[_BAD_ITEM], pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when == "call":
+        from pytest_llmserve.outcome import decide
+
+        decide(item, report, strict=item.config.stash[_SETTINGS].strict)
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_report_teststatus(
+    report: pytest.TestReport,
+) -> tuple[str, str, tuple[str, Mapping[str, bool]]] | None:
+    verdict = getattr(report, "llmserve", {}).get("verdict")
+    if verdict == "inconclusive" and report.passed:
+        return "inconclusive", "I", ("INCONCLUSIVE", {"yellow": True})
+    if verdict == "invalid" and report.failed:
+        return "error", "E", ("INVALID", {"red": True})
+    return None
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _RUN_DIR in config.stash and not _worker_input(config):
+        session_of(config).close()
+
+
+class Results:
+    """Gathers what the tests measured, in the one process that reports; registered there only."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._tests: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        found = getattr(report, "llmserve", None)
+        if found is not None:
+            self._tests[report.nodeid] = found
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self._settings.json and self._tests:
+            from pytest_llmserve.report.result import write_result
+
+            write_result(self._settings.json, self._tests)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._tests:
+            from pytest_llmserve.report.terminal import write_summary
+
+            write_summary(terminalreporter, self._tests, self._settings)

@@ -1,0 +1,196 @@
+"""The terminal's part: one line on the server before the tests, one section of verdicts after."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pytest_llmserve.report.units import show, show_margin, show_time
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_llmserve.config import Settings
+    from pytest_llmserve.resolve import Resolved
+
+Row = Sequence[str]
+_COLOURS: Mapping[str | None, Mapping[str, bool]] = {
+    "pass": {"green": True},
+    "fail": {"red": True},
+    "inconclusive": {"yellow": True},
+    "invalid": {"red": True, "bold": True},
+}
+
+
+def server_line(found: Resolved, settings: Settings) -> str:
+    """Engine, model, hardware and baseline folder of one server, in one line."""
+    from pytest_llmserve.verdict.hardware import describe
+
+    config = found.config
+    where = config.runner.image if hasattr(config.runner, "image") else config.endpoint
+    if config.engine == "emulator" and config.emulation:
+        engine = "EMULATED engine"
+        shape = config.emulation
+        model = f"{config.model} {shape.weights}, {shape.kv} KV"
+        hardware = f"emulated {shape.hardware}"
+    else:
+        engine = f"{config.engine} {where}" if where else config.engine
+        model = config.model or "the model it serves"
+        hardware = str(describe()["slug"])
+    baselines = settings.baselines
+    if baselines.is_relative_to(settings.rootdir):
+        baselines = baselines.relative_to(settings.rootdir)
+    line = f"llmserve: {config.name}: {engine}, {model}, {hardware}, baselines {baselines}"
+    return f"{line}. {found.notice}" if found.notice else line
+
+
+def write_summary(
+    reporter: pytest.TerminalReporter,
+    tests: Mapping[str, Mapping[str, Any]],
+    settings: Settings,
+) -> None:
+    """The section of verdicts: for each test its runs, objectives, margins and reasons."""
+    reporter.section("llmserve", sep="=")
+    runs = [run for test in tests.values() for run in test["runs"]]
+    if any(run["emulated"] for run in runs):
+        which = "Every number" if all(run["emulated"] for run in runs) else "Each run so marked"
+        reporter.write_line(
+            f"EMULATED: {which} below comes from the emulated engine, not from real hardware.",
+            yellow=True,
+            bold=True,
+        )
+    for nodeid, test in tests.items():
+        reporter.write_line("")
+        reporter.write_line(nodeid, bold=True)
+        if len(test["runs"]) > 1:
+            _write_curve(reporter, test["runs"])
+        for run in test["runs"]:
+            _write_run(reporter, run, alone=len(test["runs"]) == 1)
+    _write_calls(reporter, tests, settings)
+
+
+def _write_run(reporter: pytest.TerminalReporter, run: Mapping[str, Any], *, alone: bool) -> None:
+    bad = [check for check in run["validity"] if not check["ok"]]
+    if alone or bad or run["verdicts"]:
+        reporter.write_line("  " + run_line(run))
+    for check in bad:
+        _write_reason(reporter, f"invalid: {check['check']}: {check['detail']}", "invalid")
+    verdicts = [v for v in run["verdicts"] if not (bad and v["verdict"] == "invalid")]
+    rows = [_verdict_row(verdict) for verdict in verdicts]
+    if rows:
+        lines = align([("objective", "measured", "bound", "margin", "verdict"), *rows], "<>>><")
+        reporter.write_line("    " + lines[0])
+        for line, verdict in zip(lines[1:], verdicts, strict=True):
+            reporter.write_line("    " + line, **_COLOURS[verdict["verdict"]])
+    for verdict in verdicts:
+        if verdict["verdict"] != "pass":
+            text = f"{verdict['objective']}: {verdict['reason']}"
+            _write_reason(reporter, text, verdict["verdict"])
+
+
+def run_line(run: Mapping[str, Any]) -> str:
+    """What was run, in one line: load, lengths, window, requests, server, client's own delay."""
+    load, metrics = run["load"], run["metrics"]
+    who = f"{load['users']} users" if load["kind"] == "closed" else f"{load['rate']:g} requests/s"
+    work = load["workload"]
+    lag = metrics["client_lag"]["p99"]
+    parts = [
+        f"{who}, {work['prompt_tokens']} tokens in, {work['output_tokens']} out",
+        f"window {show_time(metrics['window']['duration'])}",
+        f"{metrics['requests']} requests",
+        f"{run['server']} ({run['engine']}{', EMULATED' if run['emulated'] else ''})",
+        f"send delay p99 {show('send_delay', metrics['send_delay']['p99'])}",
+    ]
+    if lag is not None:
+        parts.append(f"client lag p99 {show('client_lag', lag)}")
+    return " · ".join(parts)
+
+
+def _verdict_row(verdict: Mapping[str, Any]) -> Row:
+    metric, relation = split_objective(verdict["objective"])
+    return (
+        verdict["objective"].split(" ")[0] if relation else verdict["objective"],
+        show(metric, verdict["measured"]),
+        f"{ {'>=': '≥', '<=': '≤'}.get(relation, '') } {show(metric, verdict['bound'])}".strip(),
+        show_margin(relation, verdict["measured"], verdict["bound"]),
+        verdict["verdict"],
+    )
+
+
+def split_objective(objective: str) -> tuple[str, str]:
+    """The metric and the relation ("" if it has none) of an objective's text."""
+    words = objective.split(" ")
+    if len(words) == 3 and words[1] in (">=", "<="):
+        return words[0], words[1]
+    return words[-1], ""
+
+
+def _write_curve(reporter: pytest.TerminalReporter, runs: Sequence[Mapping[str, Any]]) -> None:
+    marked = False
+    rows: list[Row] = []
+    for run in runs:
+        load, metrics = run["load"], run["metrics"]
+
+        def p95(name: str, metrics: Mapping[str, Any] = metrics) -> str:
+            nonlocal marked
+            certified = "p95" in metrics[name].get("certified", ())
+            marked = marked or not certified
+            return show(name, metrics[name]["p95"]) + ("" if certified else "~")
+
+        rows.append(
+            (
+                f"{load['users']}" if load["kind"] == "closed" else f"{load['rate']:g}/s",
+                show("output_throughput", metrics["output_throughput"]),
+                show("user_throughput", metrics["user_throughput"]["p50"]),
+                show("ttft", metrics["ttft"]["p50"]),
+                p95("ttft"),
+                show("tpot", metrics["tpot"]["p50"]),
+                p95("tpot"),
+                show("e2e", metrics["e2e"]["p50"]),
+                p95("e2e"),
+                str(metrics["requests"]),
+                run["verdict"] or "",
+            )
+        )
+    head = ("users", "aggregate", "a user", "TTFT p50", "p95", "TPOT p50", "p95", "e2e p50", "p95")
+    reporter.write_line("  latency under load" + (" (EMULATED)" if runs[0]["emulated"] else ""))
+    for line in align([(*head, "requests", ""), *rows], ">>>>>>>>>><"):
+        reporter.write_line("    " + line)
+    if marked:
+        reporter.write_line("    ~ too few requests to certify this percentile (p95 needs 130)")
+
+
+def align(rows: Sequence[Row], sides: str) -> list[str]:
+    """Rows as lines with columns of equal width, each flushed to the side in `sides` (< or >)."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
+    return [
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _write_reason(reporter: pytest.TerminalReporter, text: str, verdict: str) -> None:
+    import shutil
+
+    width = max(shutil.get_terminal_size().columns, 60)
+    for line in textwrap.wrap(
+        text, width - 1, initial_indent="      ", subsequent_indent="        "
+    ):
+        reporter.write_line(line, **_COLOURS[verdict])
+
+
+def _write_calls(
+    reporter: pytest.TerminalReporter, tests: Mapping[str, Mapping[str, Any]], settings: Settings
+) -> None:
+    counts = dict.fromkeys(("pass", "fail", "inconclusive", "invalid"), 0)
+    for test in tests.values():
+        if test["verdict"]:
+            counts[test["verdict"]] += 1
+    said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    reporter.write_line("")
+    reporter.write_line(f"verdicts: {said or 'none asked for'}")
+    if settings.json:
+        reporter.write_line(f"results: {settings.json}")

@@ -1,0 +1,42 @@
+"""Shared by the tests of the plugin: a project with tests against a quick emulated server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+#: Put before every test file: `quick` is a marker for an emulated server with short steps.
+HEADER = """
+import pytest
+from pytest_llmserve import at_least, at_most, closed_loop, open_loop
+quick = pytest.mark.llmserve(
+    engine="emulator", model="Qwen3-0.6B",
+    emulation={"hardware": "h100", "model": "qwen3-0.6b", "weights": "bf16", "kv": "bf16"})
+SHORT = dict(duration=0.5, prompt_tokens=16, output_tokens=8, warmup=1)
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> Callable[..., pytest.Pytester]:
+    """Makes a test file from a body and gives the pytester; `**files` adds text files."""
+
+    def make(body: str, **files: str) -> pytest.Pytester:
+        pytester.makepyfile(HEADER + body)
+        for name, text in files.items():
+            path = pytester.path / name.replace("__", "/").replace("_yaml", ".yaml")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return pytester
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def schema() -> Callable[[str], Mapping[str, Any]]:
+    """Reads one of the package's JSON Schemas by name."""
+    folder = Path(__file__).parents[1] / "pytest_llmserve" / "schemas"
+    return lambda name: json.loads((folder / f"{name}.schema.json").read_text())
