@@ -11,7 +11,23 @@ def test_thirty_users(llm_server, load, slo, baseline):
 
 from __future__ import annotations
 
-from pytest_llmserve.load.plan import closed_loop, open_loop
-from pytest_llmserve.verdict.slo import at_least, at_most
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_llmserve.load.plan import closed_loop, open_loop
+    from pytest_llmserve.verdict.slo import at_least, at_most
 
 __all__ = ["at_least", "at_most", "closed_loop", "open_loop"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use (PEP 562): pytest imports this package in every run of every user.
+    if name in ("closed_loop", "open_loop"):
+        from pytest_llmserve.load import plan
+
+        return getattr(plan, name)
+    if name in ("at_least", "at_most"):
+        from pytest_llmserve.verdict import slo
+
+        return getattr(slo, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

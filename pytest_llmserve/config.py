@@ -118,7 +118,7 @@ def read_settings(config: pytest.Config) -> Settings:
     endpoint = check_endpoint(given["endpoint"], "--llmserve-endpoint")
     if endpoint and given["engine"] == "emulator":
         raise ConfigError(
-            "--llmserve-endpoint and --llmserve-engine emulator exclude each other: give one of them"
+            "--llmserve-endpoint and --llmserve-engine emulator exclude each other: give one"
         )
     on_command_line = config.getoption("llmserve_server")
     return Settings(

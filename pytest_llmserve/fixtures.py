@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from pytest_llmserve.errors import ConfigError, LoadError, ServerError
-from pytest_llmserve.load.plan import ClosedLoop, LoadPlan, OpenLoop, Workload
 from pytest_llmserve.outcome import Measured, TestRecord, test_record
 from pytest_llmserve.run import Run, Verdict
 
 if TYPE_CHECKING:
+    from pytest_llmserve.load.plan import ClosedLoop, LoadPlan, OpenLoop
     from pytest_llmserve.servers import Server
     from pytest_llmserve.session import Session
     from pytest_llmserve.verdict.slo import Objective
@@ -116,6 +116,7 @@ class Load:
         without one the prompts are new. A run that is no measurement (`Run.valid` is false) makes
         the test an error, whatever it asserts.
         """
+        from pytest_llmserve.load.plan import ClosedLoop, LoadPlan, Workload
         from pytest_llmserve.measurement import fresh_seed
 
         try:
