@@ -35,10 +35,14 @@ class Poller:
     Descriptors are registered once with a mask of `READ` and `WRITE`; `poll` returns the
     (descriptor, mask) pairs that are ready. Error and hang-up conditions come back as bits of
     the mask that were not asked for, as from epoll.
+
+    Create it early: its own descriptor must be below 1024, as `select(2)` knows no other.
+    Without epoll (macOS, the BSDs) it is made of `poll(2)`, which waits whole milliseconds; the
+    last one before a deadline is then slept away in short pieces.
     """
 
     def __init__(self) -> None:
-        self._set = select.epoll()
+        self._set = select.epoll() if hasattr(select, "epoll") else _PollSet()
 
     def register(self, fd: int, mask: int) -> None:
         self._set.register(fd, mask)
@@ -48,7 +52,7 @@ class Poller:
 
     def unregister(self, fd: int) -> None:
         """Forget a descriptor; one that is closed already is forgotten by the kernel."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             self._set.unregister(fd)
 
     def poll(self, deadline: float | None) -> list[tuple[int, int]]:
@@ -61,11 +65,41 @@ class Poller:
             return self._set.poll()
         wait = deadline - time.monotonic() - _SPIN
         if wait > 0:
-            select.select([self._set], (), (), wait)
+            self._sleep(wait)
         ready = self._set.poll(0)
         while not ready and time.monotonic() < deadline:
             ready = self._set.poll(0)
         return ready
 
+    def _sleep(self, wait: float) -> None:
+        if isinstance(self._set, _PollSet):
+            self._set.sleep(wait)
+        else:
+            select.select([self._set], (), (), wait)
+
     def close(self) -> None:
         self._set.close()
+
+
+class _PollSet:
+    """`poll(2)` with the methods of an epoll object that `Poller` uses."""
+
+    def __init__(self) -> None:
+        self._poll = select.poll()
+        self.register = self._poll.register
+        self.modify = self._poll.modify
+        self.unregister = self._poll.unregister
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+        return self._poll.poll(None if timeout is None else timeout * 1e3)
+
+    def sleep(self, wait: float) -> None:
+        """Wait until something is ready or about `wait` seconds have passed, never longer."""
+        end = time.monotonic() + wait
+        if self._poll.poll(int(wait * 1e3)):
+            return
+        while time.monotonic() < end and not self._poll.poll(0):
+            time.sleep(min(1e-4, max(0.0, end - time.monotonic())))
+
+    def close(self) -> None:
+        pass

@@ -6,7 +6,7 @@ Times are seconds, rates are per second, lengths are tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 #: The ramp or lead-in that is chosen for a plan is a fifth of its duration, and at most this.
@@ -161,3 +161,22 @@ def open_loop(
 ) -> OpenLoop:
     """Arrivals at `rate` requests per second, independent of the answers."""
     return OpenLoop(rate=rate, arrivals=arrivals, lead_in=lead_in)
+
+
+_ARRIVALS: dict[str, type[ClosedLoop] | type[OpenLoop]] = {"closed": ClosedLoop, "open": OpenLoop}
+
+
+def plan_to_dict(plan: LoadPlan) -> dict[str, Any]:
+    """The plan as JSON can hold it."""
+    return asdict(plan)
+
+
+def plan_from_dict(plain: Mapping[str, Any]) -> LoadPlan:
+    """The plan that `plan_to_dict` was given."""
+    arrivals = {key: value for key, value in plain["arrivals"].items() if key != "kind"}
+    fields = {
+        **plain,
+        "arrivals": _ARRIVALS[plain["arrivals"]["kind"]](**arrivals),
+        "workload": Workload(**plain["workload"]),
+    }
+    return LoadPlan(**fields)

@@ -24,7 +24,8 @@ Events that carried output, one row each (`E` rows, grouped by request, in order
 | `event_request` | int32 | row of its request |
 | `event_time` | float64 | arrival |
 | `event_lag` | float32 | `client_lag`: read − kernel arrival; NaN without kernel timestamps |
-| `event_tokens` | float32 | tokens it carried; exact if the server says so in each event or if every event carries one, else an even share of `output_tokens` |
+| `event_tokens` | float32 | tokens it carried: exact if every event says so or carries one, else
+  an even share of `output_tokens` |
 | `event_coalesced` | bool | it came in the same read as the event before it |
 """
 
@@ -61,8 +62,8 @@ class RecordInfo:
     `ramp_end` is when the measured interval may begin (all users started, or lead-in over) and
     `plan_end` when the plan stops sending. `wall_offset` added to a time gives Unix time.
     `timestamps` says where arrivals come from, `token_source` where token counts do.
-    `cpu` is the CPU time the client used from `start` to the last request's end, `stalls` the longest time
-    its loop was away. `incomplete` is true if the run was interrupted.
+    `cpu` is the CPU time the client used from `start` to the last request's end, `stalls` the
+    longest time its loop was away. `incomplete` is true if the run was interrupted.
     """
 
     start: float
