@@ -1,0 +1,367 @@
+"""Has it become worse? The statistics of runs, not of requests.
+
+Requests of one run share its queues, its clocks and its neighbours; a test on them calls every
+fifth unchanged run a regression. So one run gives one number a metric, and its logarithm is what
+is compared: effects are ratios, and run-to-run noise is about normal on that scale.
+
+Let `d` be the mean log of the new runs minus that of the baseline, signed so that positive is
+worse, `s` a standard deviation of logs, and `floor` the change that matters at all.
+
+**One new run** (≥ 5 baseline runs). The run *breaches* if it is worse than the one-sided 95 %
+prediction bound for one more run, `d > t(0.95, n-1) · s · sqrt(1 + 1/n)`, and `d > floor`. Then
+one more run is wanted, and it is a regression only if both breach: of unchanged servers
+fewer than 1 % fail (0.9 % with five baseline runs, 0.4 % with twenty), where one run alone would
+fail 5 %.
+
+**Three or more new runs** (≥ 5 baseline runs). Welch's t: a regression if the one-sided 95 % bound
+of the ratio is beyond the floor, and the 99 % bound is beyond no change. The first says that the
+change matters; the second holds false alarms under 1 % where noise is far above the floor. A run
+that satisfies only the first is *suspected*.
+
+**Fewer baseline runs**: inconclusive, with the smallest change that could have been detected.
+
+**Several metrics** (or points of a curve): Holm's step-down, so that the whole test, not each
+metric, has these error rates.
+
+References: Hahn & Meeker, Statistical Intervals (1991), ch. 4, for the prediction bound; Welch,
+Biometrika 34 (1947); Holm, Scand. J. Statist. 6 (1979); Georges et al., OOPSLA 2007, and Kalibera &
+Jones, ISMM 2013, for the run as the unit and for effects as ratios.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+from typing import Literal
+
+Better = Literal["higher", "lower"]
+Finding = Literal["regression", "suspected", "no_regression", "improvement", "inconclusive"]
+
+#: One-sided error of each bound.
+ALPHA = 0.05
+#: False alarms that a whole comparison of unchanged servers may give.
+FALSE_ALARMS = 0.01
+#: Runs that a baseline needs, and new runs from which Welch's test takes over.
+BASELINE_RUNS = 5
+WELCH_RUNS = 3
+#: Power at which the minimum detectable effect is stated.
+POWER = 0.8
+#: No more runs than this are ever proposed.
+MOST_RUNS = 50
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One metric: values of new and of baseline runs, all positive.
+
+    `better` says which direction is good, `floor` the relative change that matters (0.03: 3 %).
+    """
+
+    new: Sequence[float]
+    baseline: Sequence[float]
+    better: Better
+    floor: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How one metric of new runs compares with the baseline's.
+
+    `ratio` is new / baseline (geometric means) and `interval` its two-sided 90 % interval, whose
+    ends are the one-sided 95 % bounds (at the family's level: wider); None without noise to know.
+    `noise` is the run-to-run standard deviation as a fraction. `p_value` is comparable with the
+    level given and already includes every condition but the floor of the prediction rule.
+    `limit` is the value beyond which the new runs (one: a single run) would be called worse.
+    `minimum_detectable_effect` is a relative change for the worse that would be found with 80 %
+    power, `runs_needed` how many more runs would decide (baseline runs below five, else new
+    ones; None if no sensible number would).
+    """
+
+    finding: Finding
+    rule: Literal["prediction", "welch", "none"]
+    ratio: float
+    interval: tuple[float, float] | None
+    noise: float | None
+    p_value: float
+    limit: float | None
+    minimum_detectable_effect: float | None
+    runs_needed: int | None
+    new_runs: int
+    baseline_runs: int
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Standard error of `d` and its degrees of freedom."""
+
+    error: float
+    freedom: float
+
+
+def judge_new(
+    new: Sequence[float],
+    baseline: Sequence[float],
+    better: Better,
+    floor: float,
+    alpha: float = ALPHA,
+) -> Comparison:
+    """Compare new runs with baseline runs by the rules of the module's text.
+
+    One new run: `suspected` asks for one more. Raises ValueError for values that are not positive
+    and finite, and without any new run.
+    """
+    samples = Samples(tuple(new), tuple(baseline), better, floor)
+    _check(samples)
+    sign = 1.0 if better == "lower" else -1.0
+    worse_new = [sign * math.log(v) for v in samples.new]
+    worse_old = [sign * math.log(v) for v in samples.baseline]
+    step = log_floor(floor, better)
+    if len(worse_old) < BASELINE_RUNS:
+        return _too_few(samples, worse_new, worse_old, step, alpha)
+    if len(worse_new) < WELCH_RUNS:
+        return _predict(samples, worse_new, worse_old, step, alpha)
+    return _welch(samples, worse_new, worse_old, step, alpha)
+
+
+def judge_family(family: Mapping[str, Samples], alpha: float = ALPHA) -> dict[str, Comparison]:
+    """Compare several metrics (or load points) at once; the family's error is that of one.
+
+    Holm: the smallest p-value is judged at alpha / m, the next at alpha / (m - 1), …, and from
+    the first that is above its level on, all are judged at that level.
+    """
+    alone = {
+        name: judge_new(s.new, s.baseline, s.better, s.floor, alpha) for name, s in family.items()
+    }
+    level, stopped = alpha, False
+    judged: dict[str, Comparison] = {}
+    for rank, name in enumerate(sorted(alone, key=lambda n: alone[n].p_value)):
+        if not stopped:
+            level = alpha / (len(alone) - rank)
+            stopped = alone[name].p_value > level
+        s = family[name]
+        judged[name] = judge_new(s.new, s.baseline, s.better, s.floor, level)
+    return {name: judged[name] for name in family}
+
+
+def log_floor(floor: float, better: Better) -> float:
+    """A relative change for the worse as a difference of logs: 3 % less, or 10 % more."""
+    return -math.log1p(-floor) if better == "higher" else math.log1p(floor)
+
+
+def as_change(difference: float, better: Better) -> float:
+    """The inverse of `log_floor`: a difference of logs as a relative change, 0 or more."""
+    return -math.expm1(-difference) if better == "higher" else math.expm1(difference)
+
+
+def detectable(noise: float, baseline_runs: int, new_runs: int, step: float, alpha: float) -> float:
+    """The difference of logs that the rule finds with 80 % power at this noise.
+
+    Fewer than three new runs: the prediction rule with its second run, in which each of two runs
+    has to breach (0.894 · 0.894 = 0.8). An approximation: `s` is taken for its true value.
+    """
+    if new_runs < WELCH_RUNS:
+        error = noise * math.sqrt(1 + 1 / baseline_runs)
+        bound = max(step, _quantile(1 - alpha, baseline_runs - 1) * error)
+        return bound + _normal(math.sqrt(POWER)) * error
+    error = noise * math.sqrt(1 / new_runs + 1 / baseline_runs)
+    freedom = _expected_freedom(new_runs, baseline_runs)
+    return _welch_bound(error, freedom, step, alpha) + _quantile(POWER, freedom) * error
+
+
+def _expected_freedom(new: int, old: int) -> float:
+    """Welch's degrees of freedom for two groups of equal variance."""
+    return (1 / new + 1 / old) ** 2 / (1 / (new**2 * (new - 1)) + 1 / (old**2 * (old - 1)))
+
+
+def _welch_bound(error: float, freedom: float, step: float, alpha: float) -> float:
+    """The smallest `d` that Welch's rule calls a regression."""
+    matters = step + _quantile(1 - alpha, freedom) * error
+    real = _quantile(1 - alpha * FALSE_ALARMS / ALPHA, freedom) * error
+    return max(matters, real)
+
+
+def _predict(
+    samples: Samples, new: list[float], old: list[float], step: float, alpha: float
+) -> Comparison:
+    center, noise, n = fmean(old), math.sqrt(variance(old)), len(old)
+    error = noise * math.sqrt(1 + 1 / n)
+    differences = [value - center for value in new]
+    p_values = [_p_value(d, error, n - 1) for d in differences]
+    breaches = [p <= alpha and d > step for p, d in zip(p_values, differences, strict=True)]
+    gains = [_p_value(-d, error, n - 1) <= alpha and -d > step for d in differences]
+    finding: Finding = "no_regression"
+    if all(breaches):
+        finding = "regression" if len(new) > 1 else "suspected"
+    elif all(gains):
+        finding = "improvement"
+    spread = _Spread(noise * math.sqrt(1 / len(new) + 1 / n), n - 1)
+    return _comparison(
+        samples,
+        finding,
+        "prediction",
+        fmean(differences),
+        spread,
+        noise,
+        max(p_values),
+        max(step, _quantile(1 - alpha, n - 1) * error),
+        detectable(noise, n, len(new), step, alpha),
+        1 if finding == "suspected" else 0,
+        alpha,
+    )
+
+
+def _welch(
+    samples: Samples, new: list[float], old: list[float], step: float, alpha: float
+) -> Comparison:
+    difference = fmean(new) - fmean(old)
+    parts = variance(new) / len(new), variance(old) / len(old)
+    error, freedom = math.sqrt(sum(parts)), float(len(new) + len(old) - 2)
+    if error > 0:
+        freedom = sum(parts) ** 2 / (
+            parts[0] ** 2 / (len(new) - 1) + parts[1] ** 2 / (len(old) - 1)
+        )
+    matters = _p_value(difference - step, error, freedom)
+    real = _p_value(difference, error, freedom) * ALPHA / FALSE_ALARMS
+    gain = max(
+        _p_value(-difference - step, error, freedom),
+        _p_value(-difference, error, freedom) * ALPHA / FALSE_ALARMS,
+    )
+    noise = math.sqrt(
+        (variance(new) * (len(new) - 1) + variance(old) * (len(old) - 1))
+        / (len(new) + len(old) - 2)
+    )
+    finding: Finding = "no_regression"
+    needed: int | None = 0
+    if max(matters, real) <= alpha:
+        finding = "regression"
+    elif matters <= alpha:
+        finding = "suspected"
+        needed = _more_runs(difference, noise, len(new), len(old), step, alpha)
+    elif gain <= alpha:
+        finding = "improvement"
+    return _comparison(
+        samples,
+        finding,
+        "welch",
+        difference,
+        _Spread(error, freedom),
+        noise,
+        max(matters, min(real, 1.0)),
+        _welch_bound(error, freedom, step, alpha),
+        detectable(noise, len(old), len(new), step, alpha),
+        needed,
+        alpha,
+    )
+
+
+def _too_few(
+    samples: Samples, new: list[float], old: list[float], step: float, alpha: float
+) -> Comparison:
+    n = len(old)
+    difference = fmean(new) - fmean(old) if old else math.nan
+    noise = math.sqrt(variance(old)) if n > 1 else None
+    spread = None if noise is None else _Spread(noise * math.sqrt(1 / len(new) + 1 / n), n - 1)
+    smallest = None if noise is None else detectable(noise, n, 1, step, alpha)
+    needed = BASELINE_RUNS - n
+    return _comparison(
+        samples,
+        "inconclusive",
+        "none",
+        difference,
+        spread,
+        noise,
+        1.0,
+        None,
+        smallest,
+        needed,
+        alpha,
+    )
+
+
+def _comparison(
+    samples: Samples,
+    finding: Finding,
+    rule: Literal["prediction", "welch", "none"],
+    difference: float,
+    spread: _Spread | None,
+    noise: float | None,
+    p_value: float,
+    bound: float | None,
+    smallest: float | None,
+    needed: int | None,
+    alpha: float,
+) -> Comparison:
+    plain = difference if samples.better == "lower" else -difference
+    interval = None
+    if spread is not None:
+        half = _quantile(1 - alpha, spread.freedom) * spread.error
+        interval = (_exp(plain - half), _exp(plain + half))
+    return Comparison(
+        finding=finding,
+        rule=rule,
+        ratio=_exp(plain),
+        interval=interval,
+        noise=noise,
+        p_value=p_value,
+        limit=None if bound is None else _limit(samples, bound),
+        minimum_detectable_effect=(
+            None if smallest is None else as_change(min(smallest, 700.0), samples.better)
+        ),
+        runs_needed=needed,
+        new_runs=len(samples.new),
+        baseline_runs=len(samples.baseline),
+    )
+
+
+def _limit(samples: Samples, bound: float) -> float:
+    center = fmean(math.log(value) for value in samples.baseline)
+    return _exp(center + bound if samples.better == "lower" else center - bound)
+
+
+def _more_runs(
+    difference: float, noise: float, new: int, old: int, step: float, alpha: float
+) -> int | None:
+    """New runs to add until a difference of this size would be called a regression."""
+    for more in range(1, MOST_RUNS - new + 1):
+        error = noise * math.sqrt(1 / (new + more) + 1 / old)
+        freedom = _expected_freedom(new + more, old)
+        if _welch_bound(error, freedom, step, alpha) < difference:
+            return more
+    return None
+
+
+def _check(samples: Samples) -> None:
+    if not samples.new:
+        raise ValueError("there is no new run to compare")
+    if not 0 <= samples.floor < 1:
+        raise ValueError(f"floor {samples.floor!r} must be a fraction from 0 to below 1")
+    for value in (*samples.new, *samples.baseline):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"value {value!r} of a metric must be positive and finite")
+
+
+def _p_value(difference: float, error: float, freedom: float) -> float:
+    """One-sided: how often noise alone gives a difference this large or larger."""
+    if error == 0:
+        return 0.0 if difference > 0 else 1.0
+    from scipy.special import stdtr
+
+    return float(stdtr(freedom, -difference / error))
+
+
+def _quantile(probability: float, freedom: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, probability))
+
+
+def _normal(probability: float) -> float:
+    from scipy.special import ndtri
+
+    return float(ndtri(probability))
+
+
+def _exp(value: float) -> float:
+    return math.exp(max(-700.0, min(700.0, value))) if not math.isnan(value) else math.nan
