@@ -1,0 +1,38 @@
+"""A distribution in a few numbers: evenly spaced quantiles, from which its CDF is redrawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+#: Quantiles at 0, 1/64, …, 1.
+POINTS = 65
+
+
+def sketch(values: npt.ArrayLike) -> list[float]:
+    """`POINTS` quantiles (linear interpolation) of the finite values, to 6 significant digits,
+    never decreasing; empty without a finite value."""
+    import numpy as np
+
+    array = np.asarray(values, dtype=np.float64)
+    array = array[np.isfinite(array)]
+    if not array.size:
+        return []
+    quantiles = np.quantile(array, np.linspace(0, 1, POINTS))
+    return [float(f"{value:.6g}") for value in quantiles]
+
+
+def cdf(quantiles: Sequence[float], at: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The share of values at or below each of `at`, from a sketch."""
+    import numpy as np
+
+    points = np.asarray(quantiles, dtype=np.float64)
+    shares = np.linspace(0, 1, points.size)
+    # Of equal quantiles the highest share counts: a CDF is continuous from the right.
+    values, first = np.unique(points[::-1], return_index=True)
+    places = np.asarray(at, dtype=np.float64)
+    return np.interp(places, values, shares[::-1][first], left=0.0, right=1.0)
