@@ -101,6 +101,12 @@ def test_a_percentile_needs_its_samples(statistic, needed):
     assert f"{needed:,}" in short.reason
 
 
+def test_the_minima_are_those_of_the_percentiles():
+    from pytest_llmserve.metrics.percentiles import PERCENTILES, least_samples
+
+    assert dict(MINIMUM_SAMPLES) == {name: least_samples(p) for name, p in PERCENTILES.items()}
+
+
 def test_what_the_metrics_call_certified_decides():
     listed = make_run(ttft(n=5, certified=["p95"]))
     assert one(listed, at_most("ttft.p95", 1)).verdict == "pass"
@@ -189,7 +195,10 @@ def test_the_worst_verdict_decides():
 
 
 def test_objectives_import_nothing_heavy():
-    code = "import sys, pytest_llmserve.verdict.slo as s; s.at_most('ttft.p95', 1); print(*sys.modules)"
+    code = (
+        "import sys, pytest_llmserve.verdict.slo as s; s.at_most('ttft.p95', 1); "
+        "print(*sys.modules)"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -234,7 +234,8 @@ def load_key(plan: LoadPlan) -> str:
     facts = load_facts(plan)
     amount = facts.get("users", facts.get("rate"))
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:6]
-    return f"{facts['kind']}-{amount:g}-{facts['prompt_tokens']}in-{facts['output_tokens']}out-{digest}"
+    lengths = f"{facts['prompt_tokens']}in-{facts['output_tokens']}out"
+    return f"{facts['kind']}-{amount:g}-{lengths}-{digest}"
 
 
 def differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> tuple[Difference, ...]:

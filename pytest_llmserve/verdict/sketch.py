@@ -9,8 +9,30 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from pytest_llmserve.load.plan import LoadPlan
+    from pytest_llmserve.load.record import Record
+
 #: Quantiles at 0, 1/64, …, 1.
 POINTS = 65
+
+
+def distributions(record: Record, plan: LoadPlan) -> dict[str, npt.NDArray[np.float64]]:
+    """`ttft tpot e2e` of the requests of the window that were answered whole, and `itl` in it:
+    seconds, NaN where undefined."""
+    import numpy as np
+
+    from pytest_llmserve.metrics.definitions import per_request
+    from pytest_llmserve.metrics.window import window
+
+    start, end = window(record, plan)
+    intended = (record.intended >= start) & (record.intended < end)
+    rows = (record.phase == 1) & intended & (record.error == 0)
+    values = per_request(record)
+    same = record.event_request[1:] == record.event_request[:-1]
+    at = record.event_time[1:]
+    planned = record.phase[record.event_request[1:]] == 1
+    gaps = np.diff(record.event_time)[same & planned & (at >= start) & (at < end)]
+    return {**{name: values[name][rows] for name in ("ttft", "tpot", "e2e")}, "itl": gaps}
 
 
 def sketch(values: npt.ArrayLike) -> list[float]:

@@ -1,0 +1,521 @@
+"""Compare a run with the stored runs of its test, and store it if that is asked for.
+
+What is compared with what: a run of a test with the runs of the same test, hardware, model,
+server and load whose fingerprints agree in every must-match field, the latest `RECENT` since the
+last accepted change; and, so that a slow decline cannot pass step by step, with the pinned first
+runs (`origin`) once the latest are others than those.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pytest_llmserve.errors import ConfigError
+from pytest_llmserve.run import Outcome, Run, Verdict
+from pytest_llmserve.verdict.baseline_file import (
+    Accepted,
+    Baseline,
+    LoadBaseline,
+    StoredRun,
+    baseline_path,
+    read,
+    update,
+)
+from pytest_llmserve.verdict.fingerprint import comparable, differences, load_facts, model_name
+from pytest_llmserve.verdict.regression import (
+    BASELINE_RUNS,
+    Better,
+    Comparison,
+    Samples,
+    judge_family,
+)
+from pytest_llmserve.verdict.slo import (
+    check_metric,
+    invalid_reason,
+    number,
+    uncertified,
+    worst,
+)
+
+#: The latest runs of a baseline that a new run is compared with.
+RECENT = 20
+
+Mode = Literal["none", "new", "all"]
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A metric to compare: which direction is good, and the relative change that matters."""
+
+    metric: str
+    better: Better
+    floor: float
+
+
+#: Compared unless a test names others.
+TRACKED = (
+    Tracked("output_throughput", "higher", 0.03),
+    Tracked("ttft.p95", "lower", 0.10),
+    Tracked("tpot.p50", "lower", 0.05),
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What became of a run: `kept` (not stored), `new` (first of its load), `added`, `accepted`.
+
+    `message` says it in a sentence, and what to do next if something is.
+    """
+
+    action: Literal["kept", "new", "added", "accepted"]
+    path: Path
+    message: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The verdicts of a comparison and what became of the run.
+
+    `status` sums it up for counting: `compared`, `new` (stored, nothing to compare with yet),
+    `missing` (no or too few runs), `mismatched` (stored runs measured something else).
+    """
+
+    verdicts: tuple[Verdict, ...]
+    status: Literal["compared", "new", "missing", "mismatched"]
+    stored: Stored
+
+
+def tracked(metric: str | Tracked) -> Tracked:
+    """A metric with the direction and floor that suit it: rates 3 % down, tails (p90 and beyond)
+    10 % and other times 5 % up. Raises ConfigError for what is no performance metric."""
+    if isinstance(metric, Tracked):
+        return metric
+    for known in TRACKED:
+        if known.metric == metric:
+            return known
+    check_metric(metric, f"baseline metric {metric!r}")
+    group, _, statistic = metric.partition(".")
+    if group in ("send_delay", "client_lag", "requests", "errors", "concurrency"):
+        raise ConfigError(
+            f"baseline metric {metric!r} says how the load went, not how fast the server is: "
+            "name a throughput or a latency"
+        )
+    tail = statistic in ("p90", "p95", "p99", "max")
+    if group.endswith("throughput") or group in ("goodput", "roofline", "tokens_per_event"):
+        return Tracked(metric, "higher", 0.10 if statistic in ("min", "max") else 0.03)
+    return Tracked(metric, "lower", 0.10 if tail else 0.05)
+
+
+def path_of(run: Run, root: Path) -> Path:
+    """The file in which the run's baseline lies or would lie."""
+    model, server = model_name(run.server), run.server.config.name
+    return baseline_path(root, _hardware(run), model, server, run.test)
+
+
+def compare(
+    run: Run,
+    root: Path,
+    *,
+    metrics: Sequence[str | Tracked] | None = None,
+    rerun: Callable[[], Run] | None = None,
+) -> tuple[Verdict, ...]:
+    """Judge a run by its baseline below `root`: one verdict a metric, and one for each drift.
+
+    `rerun` measures the same load once more; it is called at most once, if the run seems to have
+    become worse, and without it such a run stays inconclusive. Raises ConfigError for a baseline
+    file that is not valid and for a metric that cannot be compared.
+    """
+    return _compare(run, root, metrics, rerun).verdicts
+
+
+def store(
+    run: Run,
+    root: Path,
+    verdicts: Iterable[Verdict],
+    *,
+    mode: Mode = "none",
+    reason: str | None = None,
+) -> Stored:
+    """Append a run to its baseline, as `mode` asks.
+
+    `none` stores nothing; `new` stores until the load has five comparable runs; `all` stores
+    every run. `verdicts` are all verdicts on the run: an invalid or failed run is not stored,
+    but a regression from the baseline is accepted by `all` with a `reason`, which is stored, and
+    later runs are compared with what came from then on. Raises ConfigError if the file is not
+    valid or cannot be written; it is then left as it is.
+    """
+    path = path_of(run, root)
+
+    def kept(why: str) -> Stored:
+        return Stored("kept", path, f"not stored: {why}")
+
+    verdicts = tuple(verdicts)
+    worse = [v for v in verdicts if v.verdict == "fail" and _is_baseline(v)]
+    if mode == "none":
+        return kept("--llmserve-update-baselines is none")
+    if not run.valid:
+        return kept(f"the run is invalid ({invalid_reason(run)})")
+    if any(v.verdict in ("fail", "invalid") and v not in worse for v in verdicts):
+        return kept("the run failed an objective or a check")
+    if worse and (mode != "all" or not (reason or "").strip()):
+        return kept(
+            "the run is worse than its baseline; to accept it: "
+            + command(run, "all", "--llmserve-reason 'WHY'")
+        )
+    entry = entry_of(run)
+    action: Literal["kept", "new", "added", "accepted"] = "kept"
+    count = 0
+
+    def change(found: Baseline | None) -> Baseline:
+        nonlocal action, count
+        baseline = found or Baseline(
+            run.test,
+            _hardware(run),
+            model_name(run.server),
+            run.server.config.name,
+            run.server.emulated,
+        )
+        if baseline.emulated != run.server.emulated:
+            raise ConfigError(
+                f"baseline file {path} is of {_kind(baseline.emulated)} hardware and the run of "
+                f"{_kind(run.server.emulated)}: give another --llmserve-baselines folder"
+            )
+        key = str(run.fingerprint["load"])
+        before = baseline.loads.get(key, LoadBaseline(load_facts(run.plan)))
+        peers = _peers(before.current(), run.fingerprint)
+        count = len(peers)
+        if mode == "new" and count >= BASELINE_RUNS:
+            return baseline
+        action = "accepted" if worse else "added" if before.runs else "new"
+        count = 1 if worse else count + 1
+        after = _append(before, entry, worse, reason)
+        return replace(baseline, loads={**baseline.loads, key: after})
+
+    update(path, root, change)
+    if action == "kept":
+        return kept(f"the baseline has {count} comparable runs, which is enough")
+    said = f"stored as run {count} of {BASELINE_RUNS} that a verdict needs in {path}"
+    if count >= BASELINE_RUNS:
+        said = f"stored in {path}, which has {count} comparable runs"
+    return Stored(action, path, f"accepted ({reason}) and {said}" if worse else said)
+
+
+def check(
+    run: Run,
+    root: Path,
+    *,
+    metrics: Sequence[str | Tracked] | None = None,
+    rerun: Callable[[], Run] | None = None,
+    mode: Mode = "none",
+    reason: str | None = None,
+    others: Iterable[Verdict] = (),
+) -> Checked:
+    """`compare`, then `store`: what the `baseline` fixture does.
+
+    `others` are the test's other verdicts on the run (objectives): a run that failed them is not
+    stored. A regression that is accepted passes, and says why.
+    """
+    compared = _compare(run, root, metrics, rerun)
+    stored = store(run, root, (*compared.verdicts, *others), mode=mode, reason=reason)
+    verdicts = compared.verdicts
+    if stored.action == "accepted":
+        verdicts = tuple(
+            replace(v, verdict="pass", reason=f"accepted ({reason}): {v.reason}")
+            if v.verdict == "fail"
+            else v
+            for v in verdicts
+        )
+    elif mode != "none" and worst(verdicts) == "fail":
+        verdicts = tuple(
+            replace(v, reason=f"{v.reason}; {stored.message}") if v.verdict == "fail" else v
+            for v in verdicts
+        )
+    fresh = compared.status == "missing" and stored.action in ("new", "added")
+    return Checked(verdicts, "new" if fresh else compared.status, stored)
+
+
+def unused(root: Path, used: Iterable[Path]) -> tuple[Path, ...]:
+    """The baseline files below `root` that no test asked for, sorted."""
+    return tuple(sorted(set(root.glob("*/*/*/*.json")) - set(used)))
+
+
+def command(run: Run, mode: Mode, more: str = "") -> str:
+    """What to type to store this test's runs."""
+    return f"pytest {shlex.quote(run.test)} --llmserve-update-baselines={mode} {more}".rstrip()
+
+
+def entry_of(run: Run) -> StoredRun:
+    """A run as it is stored."""
+    metrics = {k: v for k, v in _flat(run.metrics).items() if not k.endswith(".n")}
+    distributions = {k: v for k, v in run.metrics.items() if isinstance(v, Mapping) and "n" in v}
+    return StoredRun(
+        id=secrets.token_hex(6),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        duration=float(run.plan.duration),
+        metrics=metrics,
+        samples={name: int(group["n"] or 0) for name, group in distributions.items()},
+        uncertified=sorted(k for k in metrics if uncertified(run.metrics, k)),
+        sketch=sketches(run),
+        fingerprint=dict(run.fingerprint),
+        validity={c.check: c.detail for c in run.validity},
+    )
+
+
+def sketches(run: Run) -> dict[str, list[float]]:
+    """Sketches of TTFT, TPOT, ITL and end-to-end time in the window; none without a record."""
+    if run.record is None:
+        return {}
+    from pytest_llmserve.verdict.sketch import distributions, sketch
+
+    drawn = {name: sketch(v) for name, v in distributions(run.record, run.plan).items()}
+    return {name: points for name, points in drawn.items() if points}
+
+
+@dataclass(frozen=True)
+class _Compared:
+    verdicts: tuple[Verdict, ...]
+    status: Literal["compared", "missing", "mismatched"]
+
+
+def _compare(
+    run: Run,
+    root: Path,
+    metrics: Sequence[str | Tracked] | None,
+    rerun: Callable[[], Run] | None,
+) -> _Compared:
+    wanted = [tracked(metric) for metric in (TRACKED if metrics is None else metrics)]
+    if not run.valid:
+        reason = invalid_reason(run)
+        return _Compared(tuple(_verdict(run, t, "invalid", reason) for t in wanted), "compared")
+    path = path_of(run, root)
+    baseline = read(path)
+    load = baseline.loads.get(str(run.fingerprint["load"])) if baseline else None
+    current = load.current() if load else ()
+    peers = _peers(current, run.fingerprint)
+    add = f"`{command(run, 'new')}` adds one a run until there are {BASELINE_RUNS}"
+    if baseline is None or load is None or not peers:
+        reason, status = _why_none(baseline, load, current, run, path)
+        verdicts = tuple(_verdict(run, t, "inconclusive", f"{reason}; {add}") for t in wanted)
+        return _Compared(verdicts, status)
+    origin = _peers([r for r in load.runs if r.id in load.origin], run.fingerprint)
+    if {r.id for r in origin} >= {r.id for r in peers} or len(origin) < BASELINE_RUNS:
+        origin = []
+    runs = [run]
+    judged = _judge(runs, wanted, peers, origin)
+    again: Run | None = None
+    if rerun and any(c.finding == "suspected" for c in judged.values()):
+        again = rerun()
+        if again.valid:
+            runs.append(again)
+            judged = _judge(runs, wanted, peers, origin)
+    notes = _notes(peers, run, again)
+    verdicts = tuple(
+        verdict for t in wanted for verdict in _verdicts(runs, t, judged, peers, origin, notes, add)
+    )
+    return _Compared(verdicts, "missing" if len(peers) < BASELINE_RUNS else "compared")
+
+
+def _why_none(
+    baseline: Baseline | None,
+    load: LoadBaseline | None,
+    current: Sequence[StoredRun],
+    run: Run,
+    path: Path,
+) -> tuple[str, Literal["missing", "mismatched"]]:
+    if baseline is None:
+        return f"no baseline ({path} does not exist)", "missing"
+    if load is None:
+        return f"no baseline of this load ({path} has {', '.join(baseline.loads)})", "missing"
+    fields = "; ".join(
+        str(d) for d in differences(current[-1].fingerprint, run.fingerprint) if d.kind == "must"
+    )
+    return f"the {len(current)} stored runs measured something else ({fields})", "mismatched"
+
+
+def _judge(
+    runs: Sequence[Run],
+    wanted: Sequence[Tracked],
+    peers: Sequence[StoredRun],
+    origin: Sequence[StoredRun],
+) -> dict[tuple[str, str], Comparison]:
+    """Comparisons by ("baseline" or "drift", metric): one family. What has no value is left out."""
+    family: dict[tuple[str, str], Samples] = {}
+    for t in wanted:
+        new = [_usable(r.metrics, t.metric) for r in runs]
+        values = [value for value in new if value is not None]
+        for kind, stored in (("baseline", peers), ("drift", origin)):
+            old = _stored_values(stored, t.metric)
+            if len(values) == len(runs) and (
+                old if kind == "baseline" else len(old) >= BASELINE_RUNS
+            ):
+                family[kind, t.metric] = Samples(values, old, t.better, t.floor)
+    names = {"\0".join(key): key for key in family}
+    judged = judge_family({name: family[key] for name, key in names.items()})
+    return {names[name]: comparison for name, comparison in judged.items()}
+
+
+def _verdicts(
+    runs: Sequence[Run],
+    t: Tracked,
+    judged: Mapping[tuple[str, str], Comparison],
+    peers: Sequence[StoredRun],
+    origin: Sequence[StoredRun],
+    notes: str,
+    add: str,
+) -> list[Verdict]:
+    run = runs[0]
+    if ("baseline", t.metric) not in judged:
+        lacking = uncertified(run.metrics, t.metric) or next(
+            (w for r in runs if (w := uncertified(r.metrics, t.metric))), None
+        )
+        if lacking is None:
+            if _usable(run.metrics, t.metric) is None:
+                lacking = "it could not be measured in this run"
+            else:
+                lacking = f"no stored run has it with enough samples; {add}"
+        return [_verdict(run, t, "inconclusive", lacking)]
+    found = []
+    for kind, stored in (("baseline", peers), ("drift", origin)):
+        comparison = judged.get((kind, t.metric))
+        if comparison is not None:
+            outcome, reason = _explain(comparison, t, stored, kind, add)
+            found.append(_verdict(run, t, outcome, reason + notes, kind, comparison.limit))
+    return found
+
+
+def _explain(
+    c: Comparison, t: Tracked, stored: Sequence[StoredRun], kind: str, add: str
+) -> tuple[Outcome, str]:
+    what = "the baseline" if kind == "baseline" else f"the origin of {stored[0].time[:10]}"
+    change = f"{c.ratio - 1:+.1%}".replace("%", " %")
+    said = f"{change} from {what} ({c.baseline_runs} runs"
+    said += f", run-to-run noise {c.noise:.1%})".replace("%", " %") if c.noise is not None else ")"
+    if c.interval:
+        low, high = c.interval
+        said += f", ratio {c.ratio:.3f} (between {low:.3f} and {high:.3f})"
+    floor = f"{t.floor:.0%}".replace("%", " %")
+    if c.finding == "regression":
+        both = "both runs are" if c.rule == "prediction" else f"the {c.new_runs} runs are"
+        return "fail", f"{said}: {both} worse than noise and the floor of {floor} allow"
+    if c.finding == "suspected":
+        return "inconclusive", (
+            f"{said}: worse than noise and the floor of {floor} allow; one run alone is no proof: "
+            f"{c.runs_needed or 'many'} more would decide"
+        )
+    if c.finding == "inconclusive":
+        return "inconclusive", (
+            f"{said}: {c.baseline_runs} of {BASELINE_RUNS} baseline runs, {_smallest(c, t)}; "
+            f"{c.runs_needed} more would decide: {add}"
+        )
+    if c.finding == "improvement":
+        return "pass", f"{said}: better than noise explains"
+    return "pass", f"{said}: no regression; {_smallest(c, t)}"
+
+
+def _smallest(c: Comparison, t: Tracked) -> str:
+    if c.minimum_detectable_effect is None:
+        return "noise is not known from one run"
+    sign = "-" if t.better == "higher" else "+"
+    if c.minimum_detectable_effect > (0.99 if t.better == "higher" else 10):
+        return "no change could have been detected yet"
+    size = f"{c.minimum_detectable_effect:.1%}".replace("%", " %")
+    return f"a change of {sign}{size} would have been detected with 80 % power"
+
+
+def _notes(peers: Sequence[StoredRun], run: Run, again: Run | None) -> str:
+    """What else a reader has to know: fields that should match, a second run that was invalid."""
+    notes = ""
+    if again is not None and not again.valid:
+        notes += f"; the second run is no measurement ({invalid_reason(again)})"
+    differing = [
+        str(d) for d in differences(peers[-1].fingerprint, run.fingerprint) if d.kind == "should"
+    ]
+    return notes + (
+        f"; compared although they differ in {', '.join(differing)}" if differing else ""
+    )
+
+
+def _verdict(
+    run: Run,
+    t: Tracked,
+    outcome: Outcome,
+    reason: str,
+    kind: str = "baseline",
+    limit: float | None = None,
+) -> Verdict:
+    return Verdict(f"{kind} {t.metric}", number(run.metrics, t.metric), limit, outcome, reason)
+
+
+def _is_baseline(verdict: Verdict) -> bool:
+    return verdict.objective.startswith(("baseline ", "drift "))
+
+
+def _usable(metrics: Mapping[str, Any], name: str) -> float | None:
+    """A value that a comparison may rest on: there, positive, certified."""
+    value = number(metrics, name)
+    return value if value is not None and value > 0 and not uncertified(metrics, name) else None
+
+
+def _stored_values(runs: Sequence[StoredRun], metric: str) -> list[float]:
+    values = [r.metrics.get(metric, math.nan) for r in runs if metric not in r.uncertified]
+    return [value for value in values if value > 0]
+
+
+def _peers(runs: Sequence[StoredRun], fingerprint: Mapping[str, Any]) -> list[StoredRun]:
+    return [r for r in runs if comparable(r.fingerprint, fingerprint)][-RECENT:]
+
+
+def _append(
+    before: LoadBaseline, entry: StoredRun, worse: Sequence[Verdict], reason: str | None
+) -> LoadBaseline:
+    runs = (*before.runs, entry)
+    if worse:
+        changes = _changes(before, entry, worse)
+        accepted = Accepted(entry.id, entry.time, str(reason).strip(), changes)
+        return replace(before, runs=runs, origin=(entry.id,), accepted=(*before.accepted, accepted))
+    pinned = [r for r in before.runs if r.id in before.origin]
+    if len(_peers(pinned, entry.fingerprint)) < BASELINE_RUNS:
+        return replace(before, runs=runs, origin=(*before.origin, entry.id))
+    return replace(before, runs=runs)
+
+
+def _changes(before: LoadBaseline, entry: StoredRun, worse: Sequence[Verdict]) -> dict[str, float]:
+    """Of each metric that became worse: its value over the mean of the runs it is worse than."""
+    changes = {}
+    for metric in dict.fromkeys(v.objective.split(" ")[-1] for v in worse):
+        old = _stored_values(_peers(before.current(), entry.fingerprint), metric)
+        if old and metric in entry.metrics:
+            mean = math.exp(sum(math.log(value) for value in old) / len(old))
+            changes[metric] = float(f"{entry.metrics[metric] / mean:.6g}")
+    return changes
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Every finite number of nested metrics by its dotted name; lists are no scalars."""
+    found: dict[str, float] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        ):
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _hardware(run: Run) -> str:
+    hardware = str(run.fingerprint["hardware"])
+    if run.server.emulated and not hardware.startswith("emulated-"):
+        return f"emulated-{hardware}"
+    return hardware
+
+
+def _kind(emulated: bool) -> str:
+    return "emulated" if emulated else "real"

@@ -1,0 +1,341 @@
+"""Comparing with and storing into a baseline: who is compared, what is stored, what is said."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pytest_llmserve.errors import ConfigError
+from pytest_llmserve.load.plan import LoadPlan, Workload, closed_loop
+from pytest_llmserve.load.record import Record, RecordInfo
+from pytest_llmserve.run import Check, Run, Verdict
+from pytest_llmserve.servers import Emulation, Server, ServerConfig
+from pytest_llmserve.verdict.baseline import (
+    TRACKED,
+    check,
+    compare,
+    entry_of,
+    path_of,
+    store,
+    tracked,
+    unused,
+)
+from pytest_llmserve.verdict.baseline_file import read
+from pytest_llmserve.verdict.fingerprint import fingerprint
+from pytest_llmserve.verdict.sketch import POINTS, cdf, sketch
+from pytest_llmserve.verdict.slo import worst
+
+HARDWARE = {
+    "slug": "nvidia-h200", "cpu": "C", "cores": 8, "memory": 1, "gpu": "NVIDIA H200",
+    "gpu_count": 1, "driver": "1", "compute_capability": "9.0",
+}  # fmt: skip
+NOISE = (0.0, 0.008, -0.007, 0.004, -0.005, 0.002, 0.006, -0.003)
+
+
+def make(
+    factor=1.0, *, users=30, test="t.py::test_x", checks=(), n=2000, engine="vllm", version="1",
+    emulated=False, args=None, hardware=HARDWARE, model="Qwen/Qwen3-8B",
+):  # fmt: skip
+    """A run whose speed is `factor` of the usual."""
+    emulation = Emulation() if emulated else None
+    config = ServerConfig("qwen", engine, model, args=args or {}, emulation=emulation)
+    server = Server(config, "http://127.0.0.1:9", "m", engine, version, emulated=emulated)
+    plan = LoadPlan(closed_loop(users), Workload(), duration=60)
+    metrics = {
+        "output_throughput": 1000 * factor,
+        "ttft": {"p50": 0.2 / factor, "p95": 0.4 / factor, "p99": 0.5 / factor, "n": n},
+        "tpot": {"p50": 0.03 / factor, "n": n},
+        "requests": n,
+    }
+    facts = fingerprint(server, plan, hardware, metrics_version=1)
+    return Run(test, server, plan, metrics, tuple(checks), facts)
+
+
+def fill(root, runs=5, **kind):
+    for noise in NOISE[:runs]:
+        check(make(math.exp(noise), **kind), root, mode="new")
+
+
+def outcomes(verdicts):
+    return [v.verdict for v in verdicts]
+
+
+def test_without_a_baseline_it_says_what_to_type(tmp_path):
+    checked = check(make(), tmp_path)
+    assert outcomes(checked.verdicts) == ["inconclusive"] * len(TRACKED)
+    assert checked.status == "missing"
+    assert checked.stored.action == "kept"
+    assert "`pytest t.py::test_x --llmserve-update-baselines=new`" in checked.verdicts[0].reason
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_test_name_is_quoted_for_the_shell(tmp_path):
+    reason = check(make(test="t.py::test_x[a b]"), tmp_path).verdicts[0].reason
+    assert "pytest 't.py::test_x[a b]' --llmserve" in reason
+
+
+def test_new_fills_up_to_five_and_all_goes_on(tmp_path):
+    actions = [check(make(math.exp(n)), tmp_path, mode="new") for n in NOISE[:6]]
+    assert [c.stored.action for c in actions] == ["new", "added", "added", "added", "added", "kept"]
+    assert [c.status for c in actions] == ["new"] * 5 + ["compared"]
+    assert "run 2 of 5" in actions[1].stored.message
+    assert check(make(), tmp_path, mode="all").stored.action == "added"
+    (load,) = read(path_of(make(), tmp_path)).loads.values()
+    assert len(load.runs) == 6
+    assert list(load.origin) == [run.id for run in load.runs[:5]]
+
+
+@pytest.mark.parametrize("runs", [2, 3, 4])
+def test_few_runs_are_inconclusive_with_what_could_be_seen(tmp_path, runs):
+    fill(tmp_path, runs)
+    verdict = check(make(), tmp_path).verdicts[0]
+    assert verdict.verdict == "inconclusive"
+    assert f"{runs} of 5 baseline runs" in verdict.reason
+    assert f"{5 - runs} more would decide" in verdict.reason
+    assert "80 % power" in verdict.reason
+
+
+def test_the_same_speed_passes_and_a_tenth_less_fails(tmp_path):
+    fill(tmp_path)
+    good = check(make(0.995), tmp_path)
+    assert outcomes(good.verdicts) == ["pass"] * 3
+    assert "no regression; a change of -" in good.verdicts[0].reason
+    bad = check(make(0.89), tmp_path, rerun=lambda: make(0.885))
+    assert worst(bad.verdicts) == "fail"
+    assert "-11.3 % from the baseline (5 runs, run-to-run noise 0.6 %)" in bad.verdicts[0].reason
+    assert bad.verdicts[0].bound == pytest.approx(970, abs=3)
+
+
+def test_a_breach_is_measured_again_once(tmp_path):
+    fill(tmp_path)
+    calls = []
+
+    def rerun():
+        calls.append(1)
+        return make(1.0)
+
+    assert worst(compare(make(0.89), tmp_path, rerun=rerun)) == "pass"
+    assert len(calls) == 1
+    assert worst(compare(make(0.999), tmp_path, rerun=rerun)) == "pass"
+    assert len(calls) == 1
+
+
+def test_a_breach_that_cannot_be_repeated_is_inconclusive(tmp_path):
+    fill(tmp_path)
+    assert "1 more would decide" in compare(make(0.89), tmp_path)[0].reason
+    spoilt = make(0.89, checks=[Check("client", False, "client CPU at 100 %")])
+    verdict = compare(make(0.89), tmp_path, rerun=lambda: spoilt)[0]
+    assert verdict.verdict == "inconclusive"
+    assert "client CPU at 100 %" in verdict.reason
+
+
+def test_invalid_runs_are_judged_invalid_and_never_stored(tmp_path):
+    spoilt = make(checks=[Check("errors", False, "3 requests failed")])
+    checked = check(spoilt, tmp_path, mode="all", reason="because")
+    assert outcomes(checked.verdicts) == ["invalid"] * 3
+    assert checked.stored.action == "kept"
+    assert not path_of(spoilt, tmp_path).exists()
+
+
+def test_a_run_that_missed_an_objective_is_never_stored(tmp_path):
+    missed = Verdict("ttft.p95 <= 0.1", 0.4, 0.1, "fail", "too slow")
+    checked = check(make(), tmp_path, mode="all", reason="because", others=[missed])
+    assert checked.stored.action == "kept"
+    assert not path_of(make(), tmp_path).exists()
+
+
+def test_accepting_a_worse_run_needs_a_reason_which_is_stored(tmp_path):
+    fill(tmp_path)
+    worse = {"rerun": lambda: make(0.8), "mode": "all"}
+    before = path_of(make(), tmp_path).read_bytes()
+    for reason in (None, "", "  "):
+        refused = check(make(0.8), tmp_path, reason=reason, **worse)
+        assert worst(refused.verdicts) == "fail"
+        assert "--llmserve-reason 'WHY'" in refused.verdicts[0].reason
+    assert path_of(make(), tmp_path).read_bytes() == before
+    taken = check(make(0.8), tmp_path, reason="batch size halved", **worse)
+    assert taken.stored.action == "accepted"
+    assert worst(taken.verdicts) == "pass"
+    (load,) = read(path_of(make(), tmp_path)).loads.values()
+    (accepted,) = load.accepted
+    assert accepted.reason == "batch size halved"
+    assert accepted.changes["output_throughput"] == pytest.approx(0.8, rel=0.01)
+    assert [run.id for run in load.current()] == [accepted.run]
+    assert list(load.origin) == [accepted.run]
+    assert check(make(0.8), tmp_path).verdicts[0].verdict == "inconclusive"
+
+
+def test_new_never_accepts_a_worse_run(tmp_path):
+    fill(tmp_path)
+    checked = check(make(0.8), tmp_path, rerun=lambda: make(0.8), mode="new", reason="why not")
+    assert worst(checked.verdicts) == "fail"
+    assert checked.stored.action == "kept"
+
+
+def test_what_measured_something_else_is_named_not_compared(tmp_path):
+    fill(tmp_path)
+    checked = check(make(args={"max-num-seqs": 8}), tmp_path)
+    assert checked.status == "mismatched"
+    assert outcomes(checked.verdicts) == ["inconclusive"] * 3
+    assert "args.max-num-seqs: none → 8" in checked.verdicts[0].reason
+    other_gpu = {**HARDWARE, "compute_capability": "9.1"}
+    assert "9.0 → 9.1" in check(make(hardware=other_gpu), tmp_path).verdicts[0].reason
+
+
+def test_what_should_match_is_compared_and_named(tmp_path):
+    fill(tmp_path)
+    verdict = check(make(version="2"), tmp_path).verdicts[0]
+    assert verdict.verdict == "pass"
+    assert "compared although they differ in engine_version: 1 → 2" in verdict.reason
+
+
+def test_loads_of_one_test_are_kept_apart(tmp_path):
+    fill(tmp_path, users=1)
+    fill(tmp_path, 2, users=30)
+    content = read(path_of(make(), tmp_path))
+    assert sorted(len(load.runs) for load in content.loads.values()) == [2, 5]
+    assert worst(compare(make(users=1), tmp_path)) == "pass"
+    assert worst(compare(make(users=30), tmp_path)) == "inconclusive"
+    assert "no baseline of this load" in compare(make(users=7), tmp_path)[0].reason
+
+
+def test_emulated_runs_never_meet_real_ones(tmp_path):
+    kind = {"emulated": True, "engine": "emulator"}
+    fill(tmp_path, **kind)
+    path = path_of(make(**kind), tmp_path)
+    assert path.relative_to(tmp_path).parts[0] == "emulated-dgx-spark"
+    assert check(make(), tmp_path).status == "missing"
+    real = path_of(make(), tmp_path)
+    real.parent.mkdir(parents=True)
+    content = json.loads(path.read_text())
+    real.write_text(json.dumps(content))
+    assert check(make(), tmp_path).status != "compared"
+    with pytest.raises(ConfigError, match="is of emulated hardware and the run of real"):
+        check(make(), tmp_path, mode="all")
+    assert json.loads(real.read_text()) == content
+
+
+def test_a_percentile_of_too_few_samples_is_not_compared(tmp_path):
+    fill(tmp_path)
+    verdicts = compare(make(n=100), tmp_path)
+    assert outcomes(verdicts) == ["pass", "inconclusive", "pass"]
+    assert "needs 130" in verdicts[1].reason
+    other = tmp_path / "other"
+    fill(other, n=100)
+    assert "no stored run has it with enough samples" in compare(make(), other)[1].reason
+
+
+def test_a_slow_decline_is_caught_by_its_origin(tmp_path):
+    rng = np.random.default_rng(0)
+    fill(tmp_path)
+    for night in range(1, 21):
+        speed = 0.99**night
+
+        def once(speed=speed):
+            return make(speed * math.exp(0.01 * rng.standard_normal()))
+
+        checked = check(once(), tmp_path, rerun=once, mode="all")
+        failed = [v for v in checked.verdicts if v.verdict == "fail"]
+        if failed:
+            break
+    assert night <= 12
+    assert any(v.objective.startswith("drift ") for v in failed)
+    assert any("from the origin of 20" in v.reason for v in failed)
+
+
+def test_metrics_may_be_named(tmp_path):
+    (verdict,) = compare(make(), tmp_path, metrics=["ttft.p99"])
+    assert verdict.objective == "baseline ttft.p99"
+    assert tracked("ttft.p99").floor == 0.10
+    assert tracked("user_throughput.p50").better == "higher"
+    for wrong in ("send_delay.p99", "concurrency.mean", "tftt.p95"):
+        with pytest.raises(ConfigError):
+            compare(make(), tmp_path, metrics=[wrong])
+
+
+def test_a_spoilt_file_is_reported_and_kept(tmp_path):
+    fill(tmp_path)
+    path = path_of(make(), tmp_path)
+    path.write_text("{")
+    for mode in ("none", "new", "all"):
+        with pytest.raises(ConfigError, match="not valid JSON"):
+            check(make(), tmp_path, mode=mode)
+    assert path.read_text() == "{"
+
+
+def test_unused_files_are_found(tmp_path):
+    fill(tmp_path, 1)
+    fill(tmp_path, 1, test="t.py::test_y")
+    used = [path_of(make(), tmp_path)]
+    assert unused(tmp_path, used) == (path_of(make(test="t.py::test_y"), tmp_path),)
+
+
+def test_store_alone_says_what_it_did(tmp_path):
+    assert store(make(), tmp_path, ()).action == "kept"
+    assert store(make(), tmp_path, (), mode="new").action == "new"
+
+
+def record():
+    """Two users, three requests each after a warm-up one, four events a request."""
+    rows, events = 8, 4
+    phase = np.array([0, 0, 1, 1, 1, 1, 1, 1], dtype=np.uint8)
+    intended = np.array([0.0, 0, 1, 1, 2, 2, 3, 3])
+    first = intended + np.array([9, 9, 0.1, 0.2, 0.1, 0.2, 0.1, 0.2])
+    steps = np.arange(events) * 0.05
+    times = (first[:, None] + steps).ravel()
+    fields = {f.name: np.zeros(rows) for f in dataclasses.fields(Record) if f.name != "info"}
+    fields |= {
+        "phase": phase,
+        "user": np.tile(np.array([0, 1], dtype=np.int32), 4),
+        "intended": intended,
+        "sent": intended,
+        "first": first,
+        "last": first + 0.15,
+        "end": first + 0.16,
+        "error": np.zeros(rows, dtype=np.uint8),
+        "output_tokens": np.full(rows, events),
+        "events": np.full(rows, events),
+        "event_request": np.repeat(np.arange(rows), events),
+        "event_time": times,
+        "event_lag": np.zeros(times.size),
+        "event_tokens": np.ones(times.size),
+        "event_coalesced": np.zeros(times.size, dtype=bool),
+    }
+    info = RecordInfo(0.0, 1.0, 4.0, 0.0, "kernel", "usage", 0.0, 0.0, False, "0")
+    return Record(info=info, **fields)
+
+
+def test_a_stored_run_can_redraw_its_distributions():
+    run = dataclasses.replace(make(users=2), record=record())
+    entry = entry_of(run)
+    assert set(entry.sketch) == {"ttft", "tpot", "itl", "e2e"}
+    assert entry.sketch["ttft"][0] == pytest.approx(0.1)
+    assert entry.sketch["ttft"][-1] == pytest.approx(0.2)
+    assert entry.sketch["itl"][POINTS // 2] == pytest.approx(0.05)
+    assert entry.metrics["ttft.p95"] == 0.4
+    assert entry.samples == {"ttft": 2000, "tpot": 2000}
+    assert entry_of(make()).sketch == {}
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=300), st.floats(1e-4, 1e4))
+def test_a_sketch_redraws_the_cdf(values, at):
+    points = sketch(values)
+    assert len(points) == POINTS
+    assert points == sorted(points)
+    share = float(cdf(points, at))
+    below, above = (
+        (np.array(values) < at * (1 - 1e-5)).mean(),
+        (np.array(values) <= at * (1 + 1e-5)).mean(),
+    )
+    slack = 1 / (POINTS - 1) + 1 / max(1, len(values) - 1)
+    assert below - slack - 1e-9 <= share <= above + slack + 1e-9
+
+
+def test_a_sketch_of_nothing_is_nothing():
+    assert sketch([]) == []
+    assert sketch([math.nan]) == []
