@@ -143,7 +143,7 @@ class Load:
         path = record_name(self.session.run_dir)
         try:
             with live_load(self.config, self.server, plan) as progress:
-                run = take(
+                run, validate = take(
                     self.server,
                     plan,
                     test=self.record.nodeid,
@@ -155,7 +155,7 @@ class Load:
         except LoadError as error:
             reason = self.session.manager.exit_reason(self.server)
             stop_test(LoadError(f"{error} {reason}") if reason else error)
-        self.record.measured.append(Measured(run, str(path)))
+        self.record.measured.append(Measured(run, str(path), validate))
         return run
 
 
@@ -185,8 +185,12 @@ class SLO:
 
         if not objectives:
             stop_test(ConfigError("slo.check(run) without an objective proves nothing: add one"))
-        verdicts = judge(run, objectives)
-        self.record.add(run, verdicts)
+        bounds = {o.metric: o.bound for o in objectives if o.relation == "<="}
+        try:
+            verdicts = judge(self.record.bind(run, bounds), objectives)
+        except ConfigError as error:
+            stop_test(error)
+        self.record.of(run).verdicts.extend(verdicts)
         self.record.stop_if_bad(verdicts)
         return verdicts
 
@@ -215,21 +219,25 @@ class Baseline:
 
         settings = self.session.settings
         try:
-            verdicts = baseline.compare(
-                run, settings.baselines, metrics=metrics, rerun=lambda: self._rerun(run)
-            )
-            verdicts += baseline.store(
-                run,
+            measured = self.record.of(run)
+            tracked = baseline.TRACKED if metrics is None else map(baseline.tracked, metrics)
+            # A comparison asserts the measured value itself, to within its floor.
+            latencies = {t.metric: run[t.metric] for t in tracked if t.better == "lower"}
+            checked = baseline.check(
+                self.record.bind(run, latencies),
                 settings.baselines,
-                verdicts,
+                metrics=metrics,
+                rerun=lambda: self._rerun(run),
                 mode=settings.update_baselines,
                 reason=settings.reason,
+                others=measured.verdicts,
             )
         except ConfigError as error:
             stop_test(error)
-        self.record.add(run, verdicts)
-        self.record.stop_if_bad(verdicts)
-        return verdicts
+        measured.verdicts.extend(checked.verdicts)
+        measured.compared = checked
+        self.record.stop_if_bad(checked.verdicts)
+        return checked.verdicts
 
     def _rerun(self, run: Run) -> Run:
         from pytest_llmserve.measurement import fresh_seed

@@ -5,19 +5,21 @@ server counters → load → server counters → record → metrics → validity
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_llmserve.engines import get_engine
+from pytest_llmserve.engines import Engine, get_engine
 from pytest_llmserve.load.control import Progress, drive
 from pytest_llmserve.load.plan import LoadPlan, Target
-from pytest_llmserve.load.tokens import token_pool
+from pytest_llmserve.load.tokens import prepare, token_pool
 from pytest_llmserve.metrics.definitions import measure
-from pytest_llmserve.metrics.server import Sampler
-from pytest_llmserve.run import Run
+from pytest_llmserve.metrics.server import Sampler, delta, scrape
+from pytest_llmserve.run import Check, Run
 from pytest_llmserve.verdict.fingerprint import fingerprint
 from pytest_llmserve.verdict.hardware import describe
 from pytest_llmserve.verdict.validity import check
@@ -25,10 +27,15 @@ from pytest_llmserve.verdict.validity import check
 if TYPE_CHECKING:
     from pytest_llmserve.servers import Server
 
+#: A server may count the last tokens a moment after it has sent them; so long it is waited for.
+SETTLE = 2.0
 
-def target_of(server: Server, plan: LoadPlan) -> Target:
+#: Validity checks of a run for given bounds on latencies (`{"ttft.p95": 0.5}`).
+Validate = Callable[[Mapping[str, float]], tuple[Check, ...]]
+
+
+def target_of(server: Server, engine: Engine, plan: LoadPlan) -> Target:
     """Where the plan's requests go and in what dialect."""
-    engine = get_engine(server.engine)
     headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
     ids: tuple[int, ...] = ()
     if engine.token_prompts and plan.workload.api == "completions":
@@ -45,33 +52,65 @@ def take(
     alive: Callable[[], bool],
     progress: Callable[[Progress], None] | None = None,
     allow_errors: float = 0.0,
-) -> Run:
+) -> tuple[Run, Validate]:
     """Measure one load. The record is kept at `record_path`.
 
-    Raises LoadError if the load could not be driven at all; a load that was driven but is no
-    measurement comes back with the failed checks in `Run.validity`.
+    What a client may be late depends on what is asserted, so the run comes with a function that
+    checks it again for the bounds of a verdict. Raises LoadError if the load could not be driven
+    at all; a load that was driven but is no measurement has failed checks in `Run.validity`.
     """
     engine = get_engine(server.engine)
-    target = target_of(server, plan)
+    target = target_of(server, engine, plan)
+    prompts = prepare(target, plan.workload)
+    before = scrape(server, engine)
     with Sampler(server, engine) as sampler:
         record = drive(
-            plan=plan, target=target, progress=progress, record_path=record_path, alive=alive
+            target, plan, progress=progress, record_path=record_path, alive=alive, prompts=prompts
         )
+    counters = delta(before, _settled(server, engine))
     metrics = measure(record, plan)
-    counters = sampler.deltas()
-    validity = check(
-        record, metrics, plan, counters=counters, allow_errors=allow_errors, alive=alive()
-    )
-    return Run(
+    lives = alive()
+
+    def validate(bounds: Mapping[str, float]) -> tuple[Check, ...]:
+        return check(
+            record,
+            metrics,
+            plan,
+            counters=counters,
+            bounds=bounds,
+            allow_errors=allow_errors,
+            alive=lives,
+        )
+
+    run = Run(
         test=test,
         server=server,
         plan=plan,
         metrics=metrics,
-        validity=validity,
-        fingerprint=fingerprint(server, plan, describe()),
-        server_metrics=counters,
+        validity=validate({}),
+        fingerprint=fingerprint(
+            server, plan, describe(), extra={"timestamps": record.info.timestamps}
+        ),
+        server_metrics={**counters, "series": _relative(sampler.series, record.info.start)},
         record=record,
     )
+    return run, validate
+
+
+def _settled(server: Server, engine: Engine) -> dict[str, float]:
+    """The server's counters once no request runs any more."""
+    deadline = time.monotonic() + SETTLE
+    while True:
+        counters = scrape(server, engine)
+        if not counters.get("running") or time.monotonic() > deadline:
+            return counters
+        time.sleep(0.1)
+
+
+def _relative(series: Mapping[str, list[float]], start: float) -> dict[str, list[float | None]]:
+    """Time series for the result file: times since the load's start, None for what is missing."""
+    shifted = {**series, "time": [at - start for at in series["time"]]}
+    return {k: [None if math.isnan(x) else x for x in v] for k, v in shifted.items()}
 
 
 def fresh_seed() -> int:

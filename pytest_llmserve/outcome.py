@@ -6,13 +6,18 @@ strict. invalid → error: a test with an invalid run never passes, even if it n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_llmserve.errors import ConfigError
 from pytest_llmserve.run import Outcome, Run, Verdict
+
+if TYPE_CHECKING:
+    from pytest_llmserve.measurement import Validate
+    from pytest_llmserve.verdict.baseline import Checked
 
 _RECORD: pytest.StashKey[TestRecord] = pytest.StashKey()
 _ORDER: tuple[Outcome, ...] = ("pass", "inconclusive", "fail", "invalid")
@@ -20,11 +25,18 @@ _ORDER: tuple[Outcome, ...] = ("pass", "inconclusive", "fail", "invalid")
 
 @dataclass
 class Measured:
-    """One run of a test with its verdicts and the file of its arrays."""
+    """One run of a test with its verdicts and the file of its arrays.
+
+    `validate` checks the run's validity again for bounds on latencies, which are gathered in
+    `bounds` as verdicts ask for them.
+    """
 
     run: Run
     events: str
+    validate: Validate
+    bounds: dict[str, float] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
+    compared: Checked | None = None
 
     @property
     def verdict(self) -> Outcome | None:
@@ -43,13 +55,20 @@ class TestRecord:
     nodeid: str
     measured: list[Measured] = field(default_factory=list)
 
-    def add(self, run: Run, verdicts: Sequence[Verdict]) -> None:
-        """Note verdicts on a run of this test."""
+    def of(self, run: Run) -> Measured:
+        """What is known of a run of this test."""
         for measured in self.measured:
-            if measured.run is run:
-                measured.verdicts.extend(verdicts)
-                return
-        raise pytest.UsageError(f"{self.nodeid}: a run may only be judged in the test that made it")
+            if measured.run.record is run.record:
+                return measured
+        raise ConfigError(f"{self.nodeid}: a run can only be judged in the test that measured it")
+
+    def bind(self, run: Run, bounds: Mapping[str, float]) -> Run:
+        """The run with its validity checked for these bounds too (the tightest of each counts)."""
+        measured = self.of(run)
+        for name, bound in bounds.items():
+            measured.bounds[name] = min(bound, measured.bounds.get(name, bound))
+        measured.run = replace(measured.run, validity=measured.validate(measured.bounds))
+        return measured.run
 
     def stop_if_bad(self, verdicts: Iterable[Verdict]) -> None:
         """End the test if a verdict is fail or invalid, with all bad verdicts explained."""
@@ -104,7 +123,13 @@ def decide(item: pytest.Item, report: pytest.TestReport, *, strict: bool) -> Non
     from pytest_llmserve.report.result import run_to_dict
 
     runs: list[dict[str, Any]] = [run_to_dict(m) for m in record.measured]
-    report.llmserve = {"verdict": verdict, "runs": runs}  # type: ignore[attr-defined]
+    compared = [
+        {"status": m.compared.status, "message": m.compared.stored.message}
+        for m in record.measured
+        if m.compared
+    ]
+    found = {"verdict": verdict, "runs": runs, "baselines": compared}
+    report.llmserve = found  # type: ignore[attr-defined]
     item.user_properties.extend(_properties(runs))
     report.user_properties = list(item.user_properties)
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np  # noqa: F401 - pytester forgets what a run in this process imported, and
 import pytest
+import scipy.stats  # noqa: F401 - these cannot be imported twice
 
 #: Put before every test file: `quick` is a marker for an emulated server with short steps.
 HEADER = """

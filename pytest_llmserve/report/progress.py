@@ -58,8 +58,8 @@ def live_load(
     title = describe_load(plan) + (" · emulated" if server.emulated else "")
     with live(config, title) as tell:
         yield lambda p: tell(
-            f"{p.phase}, {max(p.remaining, 0):.0f} s left, {p.in_flight} in flight, "
-            f"{p.done} done, {p.tokens} tokens"
+            f"{p.phase}{'' if p.remaining is None else f', {p.remaining:.0f} s left'}, "
+            f"{p.in_flight} in flight, {p.requests} done, {p.tokens} tokens"
         )
 
 

@@ -189,8 +189,21 @@ def _write_calls(
     for test in tests.values():
         if test["verdict"]:
             counts[test["verdict"]] += 1
-    said = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     reporter.write_line("")
-    reporter.write_line(f"verdicts: {said or 'none asked for'}")
+    reporter.write_line(f"verdicts: {_counted(counts) or 'none asked for'}")
+    baselines: dict[str, int] = {}
+    for test in tests.values():
+        for compared in test["baselines"]:
+            baselines[compared["status"]] = baselines.get(compared["status"], 0) + 1
+    if baselines:
+        reporter.write_line(f"baselines: {_counted(baselines)}")
+        if settings.update_baselines != "none":
+            for test in tests.values():
+                for compared in test["baselines"]:
+                    reporter.write_line(f"  {compared['message']}")
     if settings.json:
         reporter.write_line(f"results: {settings.json}")
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
