@@ -9,14 +9,15 @@ worse, `s` a standard deviation of logs, and `floor` the change that matters at 
 
 **One new run** (≥ 5 baseline runs). The run *breaches* if it is worse than the one-sided 95 %
 prediction bound for one more run, `d > t(0.95, n-1) · s · sqrt(1 + 1/n)`, and `d > floor`. Then
-one more run is wanted, and it is a regression only if both breach: of unchanged servers
-fewer than 1 % fail (0.9 % with five baseline runs, 0.4 % with twenty), where one run alone would
-fail 5 %.
+it is *suspected* and one more run is wanted; it is a regression only if both breach and are *real*.
 
 **Three or more new runs** (≥ 5 baseline runs). Welch's t: a regression if the one-sided 95 % bound
-of the ratio is beyond the floor, and the 99 % bound is beyond no change. The first says that the
-change matters; the second holds false alarms under 1 % where noise is far above the floor. A run
-that satisfies only the first is *suspected*.
+of the ratio is beyond the floor, and the change is real. If only the first holds it is suspected.
+
+**Real** means that Student's pooled t puts `d` beyond its one-sided 99.5 % bound: if nothing
+changed, new and baseline runs have one variance, so pooling is right then. It keeps false alarms
+of a whole comparison under 1 % where the noise is far above the floor, with three runs (for which
+Welch's approximation is poor: up to 2 % at a nominal 1 %) and with noise that is itself skewed.
 
 **Fewer baseline runs**: inconclusive, with the smallest change that could have been detected.
 
@@ -41,8 +42,9 @@ Finding = Literal["regression", "suspected", "no_regression", "improvement", "in
 
 #: One-sided error of each bound.
 ALPHA = 0.05
-#: False alarms that a whole comparison of unchanged servers may give.
-FALSE_ALARMS = 0.01
+#: One-sided error of the bound that says that a change is real: half of the 1 % of false alarms
+#: that a comparison may give, which leaves room for skewed noise.
+REAL = 0.005
 #: Runs that a baseline needs, and new runs from which Welch's test takes over.
 BASELINE_RUNS = 5
 WELCH_RUNS = 3
@@ -161,13 +163,16 @@ def detectable(noise: float, baseline_runs: int, new_runs: int, step: float, alp
     Fewer than three new runs: the prediction rule with its second run, in which each of two runs
     has to breach (0.894 · 0.894 = 0.8). An approximation: `s` is taken for its true value.
     """
+    new = max(new_runs, 2)
+    mean = noise * math.sqrt(1 / new + 1 / baseline_runs)
+    freedom = new + baseline_runs - 2
+    real = (_quantile(1 - alpha * REAL / ALPHA, freedom) + _quantile(POWER, freedom)) * mean
     if new_runs < WELCH_RUNS:
         error = noise * math.sqrt(1 + 1 / baseline_runs)
         bound = max(step, _quantile(1 - alpha, baseline_runs - 1) * error)
-        return bound + _normal(math.sqrt(POWER)) * error
-    error = noise * math.sqrt(1 / new_runs + 1 / baseline_runs)
-    freedom = _expected_freedom(new_runs, baseline_runs)
-    return _welch_bound(error, freedom, step, alpha) + _quantile(POWER, freedom) * error
+        return max(bound + _normal(math.sqrt(POWER)) * error, real)
+    welch = _expected_freedom(new_runs, baseline_runs)
+    return max(step + (_quantile(1 - alpha, welch) + _quantile(POWER, welch)) * mean, real)
 
 
 def _expected_freedom(new: int, old: int) -> float:
@@ -175,11 +180,17 @@ def _expected_freedom(new: int, old: int) -> float:
     return (1 / new + 1 / old) ** 2 / (1 / (new**2 * (new - 1)) + 1 / (old**2 * (old - 1)))
 
 
-def _welch_bound(error: float, freedom: float, step: float, alpha: float) -> float:
-    """The smallest `d` that Welch's rule calls a regression."""
-    matters = step + _quantile(1 - alpha, freedom) * error
-    real = _quantile(1 - alpha * FALSE_ALARMS / ALPHA, freedom) * error
-    return max(matters, real)
+def _real(difference: float, noise: float, new: int, old: int) -> float:
+    """Student's pooled p-value of `d`, scaled so that it is compared with the same level as the
+    others are."""
+    p_value = _p_value(difference, noise * math.sqrt(1 / new + 1 / old), new + old - 2)
+    return min(1.0, p_value * ALPHA / REAL)
+
+
+def _pooled(new: list[float], old: list[float]) -> float:
+    """The standard deviation that both groups share if nothing changed."""
+    squares = sum(variance(group) * (len(group) - 1) for group in (new, old) if len(group) > 1)
+    return math.sqrt(squares / (len(new) + len(old) - 2))
 
 
 def _predict(
@@ -191,9 +202,15 @@ def _predict(
     p_values = [_p_value(d, error, n - 1) for d in differences]
     breaches = [p <= alpha and d > step for p, d in zip(p_values, differences, strict=True)]
     gains = [_p_value(-d, error, n - 1) <= alpha and -d > step for d in differences]
+    if len(new) > 1:
+        p_values.append(_real(fmean(differences), _pooled(new, old), len(new), n))
     finding: Finding = "no_regression"
-    if all(breaches):
-        finding = "regression" if len(new) > 1 else "suspected"
+    needed: int | None = 0
+    if all(breaches) and len(new) > 1 and p_values[-1] <= alpha:
+        finding = "regression"
+    elif all(breaches):
+        finding = "suspected"
+        needed = 1 if len(new) == 1 else _more_runs(fmean(differences), noise, 2, n, step, alpha)
     elif all(gains):
         finding = "improvement"
     spread = _Spread(noise * math.sqrt(1 / len(new) + 1 / n), n - 1)
@@ -207,7 +224,7 @@ def _predict(
         max(p_values),
         max(step, _quantile(1 - alpha, n - 1) * error),
         detectable(noise, n, len(new), step, alpha),
-        1 if finding == "suspected" else 0,
+        needed,
         alpha,
     )
 
@@ -222,15 +239,12 @@ def _welch(
         freedom = sum(parts) ** 2 / (
             parts[0] ** 2 / (len(new) - 1) + parts[1] ** 2 / (len(old) - 1)
         )
+    noise = _pooled(new, old)
     matters = _p_value(difference - step, error, freedom)
-    real = _p_value(difference, error, freedom) * ALPHA / FALSE_ALARMS
+    real = _real(difference, noise, len(new), len(old))
     gain = max(
         _p_value(-difference - step, error, freedom),
-        _p_value(-difference, error, freedom) * ALPHA / FALSE_ALARMS,
-    )
-    noise = math.sqrt(
-        (variance(new) * (len(new) - 1) + variance(old) * (len(old) - 1))
-        / (len(new) + len(old) - 2)
+        _real(-difference, noise, len(new), len(old)),
     )
     finding: Finding = "no_regression"
     needed: int | None = 0
@@ -248,8 +262,8 @@ def _welch(
         difference,
         _Spread(error, freedom),
         noise,
-        max(matters, min(real, 1.0)),
-        _welch_bound(error, freedom, step, alpha),
+        max(matters, real),
+        step + _quantile(1 - alpha, freedom) * error,
         detectable(noise, len(old), len(new), step, alpha),
         needed,
         alpha,
@@ -326,8 +340,9 @@ def _more_runs(
     """New runs to add until a difference of this size would be called a regression."""
     for more in range(1, MOST_RUNS - new + 1):
         error = noise * math.sqrt(1 / (new + more) + 1 / old)
-        freedom = _expected_freedom(new + more, old)
-        if _welch_bound(error, freedom, step, alpha) < difference:
+        matters = step + _quantile(1 - alpha, _expected_freedom(new + more, old)) * error
+        real = _quantile(1 - alpha * REAL / ALPHA, new + more + old - 2) * error
+        if max(matters, real) < difference:
             return more
     return None
 
