@@ -43,8 +43,8 @@ class WireServer:
     `request` is (head, decoded JSON body). It may return bytes to send and `None` to hang up.
     """
 
-    def __init__(self, answer):
-        self._answer = answer
+    def __init__(self, answer, tls=None):
+        self._answer, self._tls = answer, tls
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -63,6 +63,11 @@ class WireServer:
                 threading.Thread(target=self._serve, args=(conn,), daemon=True).start()
 
     def _serve(self, conn):
+        if self._tls is not None:
+            try:
+                conn = self._tls.wrap_socket(conn, server_side=True)
+            except OSError:
+                return
         with contextlib.suppress(OSError), conn, conn.makefile("rb") as file:
             while True:
                 head = b""

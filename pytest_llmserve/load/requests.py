@@ -35,7 +35,7 @@ class Requests:
         chat = workload.api == "chat"
         # The prompt is the last field, so that a body is one text between two others.
         self._open = (
-            fixed[:-1]
+            fixed[:-1].replace("%", "%%")
             + ',"max_tokens":%d,'
             + ('"messages":[{"role":"user","content":"' if chat else '"prompt":')
         )
