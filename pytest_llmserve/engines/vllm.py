@@ -141,15 +141,15 @@ ENGINE = Engine(
             "end what else uses the memory, or lower `gpu-memory-utilization` in `args`",
         ),
         Failure(
+            r"No available memory for the cache blocks|requested memory for kv \(-",
+            "the weights leave no memory for the KV cache",
+            "raise `gpu-memory-utilization` in `args`, or serve a smaller or quantised model",
+        ),
+        Failure(
             r"on kv cache allocation is less than requested memory for kv",
             "the KV cache asked for is larger than the memory that is left beside the weights",
             "lower `kv-cache-memory-bytes` (or VLLM_CPU_KVCACHE_SPACE), or raise "
             "`gpu-memory-utilization` in `args`",
-        ),
-        Failure(
-            r"No available memory for the cache blocks",
-            "the weights leave no memory for the KV cache",
-            "raise `gpu-memory-utilization` in `args`, or serve a smaller or quantised model",
         ),
         Failure(
             r"To serve at least one request with the model's max seq len \((?P<what>\d+)\)",
@@ -187,6 +187,16 @@ ENGINE = Engine(
             r"CUDA out of memory|OutOfMemoryError",
             "the GPU ran out of memory",
             "lower `gpu-memory-utilization` or `max-num-seqs` in `args`, or end other GPU programs",
+        ),
+        Failure(
+            r"Fatal Python error: Illegal instruction",
+            "vLLM used an instruction that this CPU lacks or a virtual machine forbids (AMX is one)",
+            "set `dtype: float32` in `args`, which takes other kernels, or another build of vLLM",
+        ),
+        Failure(
+            r"Fatal Python error: (?P<what>Segmentation fault|Bus error|Aborted)",
+            "vLLM crashed in native code ({what})",
+            "read the stack in the log below that line",
         ),
         Failure(
             r"Failed to infer device type|No CUDA GPUs are available|Found no NVIDIA driver",

@@ -14,7 +14,9 @@ _PREFIX = re.compile(
     r"^(?:\([^)]*\)\s*)?(?:\[?[\d/:.,TZ +-]+\]?\s*)?(?:\[[^\]]*\]\s*)*"
     r"(?:(?:ERROR|CRITICAL|INFO|WARNING)[: ]\s*)?(?:[\d-]+ [\d:.,]+ )?(?:\[[^\]]+:\d+\] ?)?"
 )
-_ERROR = re.compile(r"^(?:[\w.]*(?:Error|Exception|Fault)\b.*:|.*\berror: |Killed$|Value error, )")
+_ERROR = re.compile(
+    r"^(?:[\w.]*(?:Error|Exception|Fault)\b.*:|.*\berror: |Killed$|Value error, |Fatal Python error: )"
+)
 _WARNING = re.compile(r"\bWARN(?:ING)?\b")
 _KEPT = 5
 _LONGEST = 300

@@ -81,6 +81,11 @@ class _Slot:
     def files(self) -> Path:
         return self.folder / "files"
 
+    def new_log(self) -> Path:
+        """A log of its own for each start: that of a server that died is not lost."""
+        number = len(list(self.folder.glob("server*.log"))) + 1
+        return self.folder / ("server.log" if number == 1 else f"server-{number}.log")
+
 
 @dataclass
 class _Launch:
@@ -209,7 +214,7 @@ class ServerManager:
         begin = time.monotonic()
         for attempt in range(1, _PORT_TRIES + 1):
             port = config.port or free_port(config.host)
-            launch = self._launch(slot, config, engine, port, api_key, attempt)
+            launch = self._launch(slot, config, engine, port, api_key)
             progress(f"starting {engine.name}")
             problem = self._await_ready(slot, launch, config, engine, begin, progress)
             if problem is None:
@@ -230,12 +235,10 @@ class ServerManager:
         engine: Engine,
         port: int,
         api_key: str | None,
-        attempt: int,
     ) -> _Launch:
         """Hand the server to a supervisor of its own. Nothing has been waited for yet."""
         server_id = f"{config.name}-{secrets.token_hex(6)}"
-        log = slot.folder / ("server.log" if attempt == 1 else f"server-{attempt}.log")
-        log.unlink(missing_ok=True)
+        log = slot.new_log()
         slot.status.unlink(missing_ok=True)
         written = dict(engine.files(config))
         for name, text in written.items():

@@ -66,7 +66,7 @@ def process_environment(
         for name, value in inherited.items()
         if not name.startswith(("PYTEST_", "COV_CORE_"))
     }
-    variables["PYTHONUNBUFFERED"] = "1"
+    variables |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     if engine.module.startswith("pytest_llmserve."):
         # Our own module runs from where we are, installed or not.
         root = str(Path(__file__).parents[2])
