@@ -8,7 +8,8 @@ import re
 # The dense sizes of Qwen3, in billions of parameters (huggingface.co/Qwen, collection Qwen3).
 _QWEN3 = (0.6, 1.7, 4.0, 8.0, 14.0, 32.0)
 _NAME = re.compile(
-    r"(?P<org>[A-Za-z0-9][\w.-]*/)?qwen[-_ ]?3[-_ ]*(?P<size>\d+(?:\.\d+)?)[-_ ]?b(?P<rest>(?:[-_ ].*)?)",
+    r"(?P<org>[A-Za-z0-9][\w.-]*/)?"
+    r"qwen[-_ ]?3[-_ ]*(?P<size>\d+(?:\.\d+)?)[-_ ]?b(?P<rest>(?:[-_ ].*)?)",
     re.IGNORECASE,
 )
 

@@ -190,7 +190,7 @@ ENGINE = Engine(
         ),
         Failure(
             r"Fatal Python error: Illegal instruction",
-            "vLLM used an instruction that this CPU lacks or a virtual machine forbids (AMX is one)",
+            "vLLM used an instruction that this CPU lacks or a virtual machine forbids (AMX?)",
             "set `dtype: float32` in `args`, which takes other kernels, or another build of vLLM",
         ),
         Failure(

@@ -15,7 +15,8 @@ _PREFIX = re.compile(
     r"(?:(?:ERROR|CRITICAL|INFO|WARNING)[: ]\s*)?(?:[\d-]+ [\d:.,]+ )?(?:\[[^\]]+:\d+\] ?)?"
 )
 _ERROR = re.compile(
-    r"^(?:[\w.]*(?:Error|Exception|Fault)\b.*:|.*\berror: |Killed$|Value error, |Fatal Python error: )"
+    r"^(?:[\w.]*(?:Error|Exception|Fault)\b.*:|.*\berror: |Killed$|Value error, "
+    r"|Fatal Python error: )"
 )
 _WARNING = re.compile(r"\bWARN(?:ING)?\b")
 _KEPT = 5

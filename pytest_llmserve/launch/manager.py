@@ -205,11 +205,6 @@ class ServerManager:
         api_key = read_api_key(config)
         if api_key is None and engine.api_key:
             api_key = secrets.token_urlsafe(24)
-        if api_key and not engine.api_key:
-            raise ServerError(
-                f"{config.source or config.name}: api_key_env: {engine.name} takes no API key "
-                "from its environment; remove it."
-            )
         _check_model(config)
         begin = time.monotonic()
         for attempt in range(1, _PORT_TRIES + 1):
@@ -246,7 +241,8 @@ class ServerManager:
             (slot.files / name).write_text(text, encoding="utf-8")
         added = {tree.MARKER: server_id}
         if api_key:
-            added[engine.api_key] = api_key
+            # An engine without a variable of its own is told its name by its command.
+            added[engine.api_key or str(config.api_key_env)] = api_key
         stop: list[str] = []
         kill: list[str] = []
         if isinstance(config.runner, ContainerRunner):

@@ -66,7 +66,6 @@ def process_environment(
         for name, value in inherited.items()
         if not name.startswith(("PYTEST_", "COV_CORE_"))
     }
-    variables |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     if engine.module.startswith("pytest_llmserve."):
         # Our own module runs from where we are, installed or not.
         root = str(Path(__file__).parents[2])
@@ -78,10 +77,12 @@ def process_environment(
 
 
 def server_variables(config: ServerConfig, engine: Engine, port: int) -> dict[str, str]:
-    """The variables that engine and config add, for whichever runner."""
+    """The variables that we, the engine and the config add, for whichever runner."""
+    # Engines written in Python log at once, and leave a stack where they crash in native code.
+    ours = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     engine_own = engine.environment(config)
     filled = {name: value.replace("{port}", str(port)) for name, value in engine_own.items()}
-    return filled | dict(config.env)
+    return ours | filled | dict(config.env)
 
 
 def _beside_python(program: str) -> str | None:
