@@ -107,26 +107,32 @@ def read(path: Path, migrations: Migrations = MIGRATIONS) -> Baseline | None:
     Raises ConfigError in one sentence if the file is not what it should be.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ConfigError(
-                f"baseline file {path} has {path.stat().st_size >> 20} MiB and may have "
-                f"{MOST_BYTES >> 20}: {_MEND}"
-            )
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, f"baseline file {path}", MOST_BYTES, _MEND)
     except FileNotFoundError:
         return None
+    return decode(text, str(path), migrations)
+
+
+def read_text(path: Path, what: str, most: int, mend: str) -> str:
+    """The text of a file of up to `most` bytes. Raises ConfigError, or FileNotFoundError."""
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise ConfigError(f"{what} has {size:,} bytes and may have {most:,}: {mend}")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
     except UnicodeDecodeError:
-        raise ConfigError(f"baseline file {path} is not UTF-8 text: {_MEND}") from None
+        raise ConfigError(f"{what} is not UTF-8 text: {mend}") from None
     except OSError as error:
         raise ConfigError(
-            f"baseline file {path} cannot be read ({error.strerror}): make it a readable file"
+            f"{what} cannot be read ({error.strerror}): make it a readable file"
         ) from None
-    return decode(text, str(path), migrations)
 
 
 def decode(text: str, name: str, migrations: Migrations = MIGRATIONS) -> Baseline:
     """The baseline in JSON text; `name` is what errors call it. Raises ConfigError."""
-    content = _parse(text, name)
+    content = parse_json(text, f"baseline file {name}", _MEND)
     version = content.get("schema") if isinstance(content, dict) else None
     while isinstance(version, str) and version in migrations and isinstance(content, dict):
         content = migrations[version](content)
@@ -139,7 +145,7 @@ def decode(text: str, name: str, migrations: Migrations = MIGRATIONS) -> Baselin
             f"baseline file {name}: schema is {_short(version)}, and this version reads {known}: "
             "upgrade pytest-llmserve, or give another --llmserve-baselines folder"
         )
-    _validate(content, name)
+    validate(content, "baseline", f"baseline file {name}", _MEND)
     return _build(content, name)
 
 
@@ -197,7 +203,12 @@ def _replace(path: Path, text: str) -> None:
         raise
 
 
-def _parse(text: str, name: str) -> Any:
+def parse_json(text: str, what: str, mend: str) -> Any:
+    """The value of strict JSON: no NaN, no infinity, no bottomless nesting.
+
+    Raises ConfigError naming `what` ("baseline file …") and the `mend`.
+    """
+
     def refuse(constant: str) -> float:
         raise ValueError(f"it holds {constant}, which is no number")
 
@@ -213,30 +224,32 @@ def _parse(text: str, name: str) -> Any:
         problem = f"{error.msg} in line {error.lineno}"
     except ValueError as error:
         problem = str(error)[:100]
-    raise ConfigError(f"baseline file {name} is not valid JSON ({problem}): {_MEND}")
+    raise ConfigError(f"{what} is not valid JSON ({problem}): {mend}")
 
 
 @functools.cache
-def _validator() -> Any:
+def schema_validator(name: str) -> Any:
+    """A validator of `schemas/<name>.schema.json`."""
     from jsonschema import Draft202012Validator
 
-    text = files("pytest_llmserve").joinpath("schemas/baseline.schema.json").read_text()
+    text = files("pytest_llmserve").joinpath(f"schemas/{name}.schema.json").read_text()
     return Draft202012Validator(json.loads(text))
 
 
-def _validate(content: Any, name: str) -> None:
+def validate(content: Any, schema: str, what: str, mend: str) -> None:
+    """ConfigError naming `what`, the key and the `mend` if the content breaks the schema."""
     from jsonschema.exceptions import best_match
 
     try:
-        error = best_match(_validator().iter_errors(content))
+        error = best_match(schema_validator(schema).iter_errors(content))
         if error is None:
             return
         problem = _problem(error)
     except RecursionError:
-        raise ConfigError(f"baseline file {name} is nested too deeply: {_MEND}") from None
+        raise ConfigError(f"{what} is nested too deeply: {mend}") from None
     where = ".".join(str(part) for part in error.absolute_path)
     at = f"at {where!r}, " if where else ""
-    raise ConfigError(f"baseline file {name}: {at}{problem}: {_MEND}")
+    raise ConfigError(f"{what}: {at}{problem}: {mend}")
 
 
 def _problem(error: Any) -> str:
