@@ -47,6 +47,7 @@ OPTIONS = (
         default="auto",
     ),
     Option("endpoint", "measure a server that runs already, at this base URL", metavar="URL"),
+    Option("api-key-env", "environment variable that holds the endpoint's API key", metavar="NAME"),
     Option("model", "model to serve, or the name under which the endpoint serves it", metavar="M"),
     Option("server", "server config to use: a name or a YAML file", metavar="NAME|FILE"),
     Option("baselines", "folder of baselines (default: baselines)", "DIR", default="baselines"),
@@ -70,6 +71,7 @@ class Settings:
     rootdir: Path
     engine: str
     endpoint: str | None
+    api_key_env: str | None
     model: str | None
     server: str | None
     default_server: str | None
@@ -125,6 +127,7 @@ def read_settings(config: pytest.Config) -> Settings:
         rootdir=root,
         engine=given["engine"],
         endpoint=endpoint,
+        api_key_env=given["api-key-env"] or None,
         model=given["model"] or None,
         server=on_command_line,
         default_server=None if on_command_line else given["server"] or None,
@@ -149,7 +152,7 @@ def check_endpoint(url: str | None, where: str) -> str | None:
     if parts.username or parts.password:
         raise ConfigError(
             f"{where}: no user or password in the URL, because it is shown in reports: "
-            "put the key into an environment variable and name that in the config's api_key_env"
+            "put the key into an environment variable and name that with --llmserve-api-key-env"
         )
     return url.rstrip("/").removesuffix("/v1")
 

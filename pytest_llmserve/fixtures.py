@@ -69,6 +69,16 @@ def marker_arguments(item: pytest.Item) -> Mapping[str, Any]:
     return marker.kwargs
 
 
+def check_capstone(item: pytest.Item) -> None:
+    """ConfigError if the test's `capstone` marker has arguments: it takes none."""
+    marker = item.get_closest_marker("capstone")
+    if marker is not None and (marker.args or marker.kwargs):
+        raise ConfigError(
+            f"{item.nodeid}: @pytest.mark.capstone takes no arguments: name the server with "
+            "@pytest.mark.llmserve(server=…)"
+        )
+
+
 @pytest.fixture
 def llm_server(request: pytest.FixtureRequest) -> Generator[Server, None, None]:
     """The server that the options and the test's `llmserve` marker name: started once per effective

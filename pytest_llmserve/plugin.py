@@ -15,7 +15,15 @@ import pytest
 
 from pytest_llmserve.config import Settings, add_options, read_settings
 from pytest_llmserve.errors import ConfigError
-from pytest_llmserve.fixtures import MARKER, baseline, llm_server, load, marker_arguments, slo
+from pytest_llmserve.fixtures import (
+    MARKER,
+    baseline,
+    check_capstone,
+    llm_server,
+    load,
+    marker_arguments,
+    slo,
+)
 
 if TYPE_CHECKING:
     from pytest_llmserve.session import Session
@@ -101,6 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     lines: dict[str, None] = {}
     for item in ours:
         try:
+            check_capstone(item)
             where = f"{item.nodeid}: @pytest.mark.llmserve"
             found = resolve(settings, marker_arguments(item), where)
         except ConfigError as error:

@@ -66,7 +66,14 @@ def resolve(settings: Settings, arguments: Mapping[str, Any], where: str) -> Res
     endpoint = settings.endpoint or check_endpoint(arguments.get("endpoint"), where)
     if endpoint:
         return _model(
-            ServerConfig(name="attach", engine="attach", endpoint=endpoint, gpus=0), settings
+            ServerConfig(
+                name="attach",
+                engine="attach",
+                endpoint=endpoint,
+                gpus=0,
+                api_key_env=settings.api_key_env,
+            ),
+            settings,
         )
     config = _chosen(settings, arguments, where)
     changes = {k: v for k, v in arguments.items() if k not in ("server", "engine", "endpoint")}

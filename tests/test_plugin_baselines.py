@@ -4,7 +4,8 @@ import json
 
 BODY = """
 @quick
-def test_it(load, baseline): baseline.check(load(closed_loop(users=2), **SHORT), ["output_throughput"])
+def test_it(load, baseline):
+    baseline.check(load(closed_loop(users=2), **SHORT), ["output_throughput"])
 """
 
 

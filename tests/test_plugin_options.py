@@ -95,6 +95,19 @@ def test_a_bad_marker_stops_the_run_or_fails_the_test(pytester, marker, sentence
     assert "must not run" not in result.stdout.str()
 
 
+def test_capstone_takes_no_arguments(pytester):
+    pytester.makepyfile(
+        """
+        import pytest
+        @pytest.mark.capstone(users=30)
+        def test_it(llm_server): pass
+        """
+    )
+    result = pytester.runpytest()
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(["*@pytest.mark.capstone takes no arguments*"])
+
+
 def test_the_option_wins_over_the_marker(pytester):
     pytester.makepyfile(
         """

@@ -92,7 +92,8 @@ def _write_run(reporter: pytest.TerminalReporter, run: Mapping[str, Any], *, alo
 def run_line(run: Mapping[str, Any]) -> str:
     """What was run, in one line: load, lengths, window, requests, server, client's own delay."""
     load, metrics = run["load"], run["metrics"]
-    who = f"{load['users']} users" if load["kind"] == "closed" else f"{load['rate']:g} requests/s"
+    users = load.get("users")
+    who = f"{users} user{'s' * (users > 1)}" if users else f"{load['rate']:g} requests/s"
     work = load["workload"]
     lag = metrics["client_lag"]["p99"]
     parts = [
@@ -176,9 +177,15 @@ def _write_reason(reporter: pytest.TerminalReporter, text: str, verdict: str) ->
     import shutil
 
     width = max(shutil.get_terminal_size().columns, 60)
-    for line in textwrap.wrap(
-        text, width - 1, initial_indent="      ", subsequent_indent="        "
-    ):
+    lines = textwrap.wrap(
+        text,
+        width - 1,
+        initial_indent="      ",
+        subsequent_indent="        ",
+        break_long_words=False,  # commands and paths can be copied whole
+        break_on_hyphens=False,
+    )
+    for line in lines:
         reporter.write_line(line, **_COLOURS[verdict])
 
 
