@@ -183,7 +183,7 @@ class Model:
             tokens = prompt
         elif isinstance(prompt, list) and all(isinstance(p, (str, list)) for p in prompt):
             raise ApiError(
-                400, "prompt must be one prompt: the emulator takes no batches", "prompt"
+                400, "the emulator takes one prompt a request", "prompt"
             )
         else:
             raise ApiError(400, "prompt must be a string or a list of token ids", "prompt")
