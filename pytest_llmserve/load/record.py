@@ -63,7 +63,8 @@ class RecordInfo:
     `plan_end` when the plan stops sending. `wall_offset` added to a time gives Unix time.
     `timestamps` says where arrivals come from, `token_source` where token counts do.
     `cpu` is the CPU time the client used from `start` to the last request's end, `stalls` the
-    longest time its loop was away. `incomplete` is true if the run was interrupted.
+    longest time its loop was away; `decode_cpu` is what decoding took afterwards. `incomplete`
+    is true if the run was interrupted.
     """
 
     start: float
@@ -76,6 +77,7 @@ class RecordInfo:
     stalls: float
     incomplete: bool
     version: str
+    decode_cpu: float = 0.0
 
 
 @dataclass(frozen=True)

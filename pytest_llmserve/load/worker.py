@@ -24,6 +24,7 @@ from pytest_llmserve.errors import LoadError
 from pytest_llmserve.load import assemble, plan
 from pytest_llmserve.load.client import Client, Exchange
 from pytest_llmserve.load.drivers import Closed, Open, Warmup
+from pytest_llmserve.load.priority import scheduled_soon
 from pytest_llmserve.load.record import Record, RecordInfo
 from pytest_llmserve.load.requests import Requests
 from pytest_llmserve.load.tokens import Prompts
@@ -67,47 +68,31 @@ class Worker:
 
     def run(self) -> Record:
         """Drive the load and give what was recorded."""
-        client, planned = self._client, self._plan
+        client = self._client
         self._listen()
         self._tick()
         gc.collect()
         gc.freeze()
         gc.disable()
         tighten_timers()
-        self._driver = warmup = Warmup(client, planned)
-        warmup.begin()
-        client.run(warmup.going)
-
-        client.stalls = 0.0
-        start = time.monotonic() + _HEAD_START
-        ramp_end = start + planned.lead
-        plan_end = ramp_end + planned.duration
-        load: Closed | Open
-        if isinstance(planned.arrivals, plan.ClosedLoop):
-            load = Closed(client, planned, start)
-        else:
-            load = Open(client, planned, start)
-        self._driver = load
-        cpu = time.process_time()
-        load.begin()
-        self._enter("ramp", ramp_end)
-        client.at(ramp_end, lambda: self._enter("load", plan_end))
-        client.at(plan_end, lambda: self._enter("drain", plan_end + planned.drain))
-        client.run(load.sending)
-        give_up = plan_end + planned.drain
-        client.run(lambda: client.in_flight > 0 and time.monotonic() < give_up)
-        cpu = time.process_time() - cpu
+        with scheduled_soon():
+            self._warm_up()
+            start, cpu = self._load()
         incomplete = client.stopped
         client.stopped = True  # nobody sends any more
         client.cancel()
         client.clock.sample()
         self._enter("evaluation", None)
+        decode_cpu = time.process_time()
         client.decode()
         columns = assemble.arrays(client.exchanges, client.clock)
+        decode_cpu = time.process_time() - decode_cpu
+        client.close()
+        ramp_end = start + self._plan.lead
         info = RecordInfo(
             start=start,
             ramp_end=ramp_end,
-            plan_end=plan_end,
+            plan_end=ramp_end + self._plan.duration,
             wall_offset=client.clock.wall_offset,
             timestamps=assemble.timestamps(columns["event_lag"]),
             token_source=assemble.token_source(columns),
@@ -115,9 +100,33 @@ class Worker:
             stalls=client.stalls,
             incomplete=incomplete,
             version=CLIENT_VERSION,
+            decode_cpu=decode_cpu,
         )
-        client.close()
         return Record(info=info, **columns)
+
+    def _warm_up(self) -> None:
+        self._driver = warmup = Warmup(self._client, self._plan)
+        warmup.begin()
+        self._client.run(warmup.going)
+
+    def _load(self) -> tuple[float, float]:
+        """Drive the plan until all has ended or the drain is over; its start and the CPU time."""
+        client, planned = self._client, self._plan
+        start = time.monotonic() + _HEAD_START
+        ramp_end = start + planned.lead
+        plan_end = ramp_end + planned.duration
+        give_up = plan_end + planned.drain
+        closed = isinstance(planned.arrivals, plan.ClosedLoop)
+        self._driver = load = (Closed if closed else Open)(client, planned, start)
+        client.stalls = 0.0
+        cpu = time.process_time()
+        load.begin()
+        self._enter("ramp", ramp_end)
+        client.at(ramp_end, lambda: self._enter("load", plan_end))
+        client.at(plan_end, lambda: self._enter("drain", give_up))
+        client.run(load.sending)
+        client.run(lambda: client.in_flight > 0 and time.monotonic() < give_up)
+        return start, time.process_time() - cpu
 
     def _listen(self) -> None:
         """Stop on the parent's end, SIGINT and SIGTERM."""
