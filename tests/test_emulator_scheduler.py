@@ -105,6 +105,8 @@ def test_invariants_under_any_load(case: Case) -> None:
             scheduler.add(new)
         works = scheduler.plan()
         check(scheduler, works)
+        ranks = [order.index(s) for s in (*scheduler.running, *scheduler.waiting)]
+        assert ranks == sorted(ranks), "someone overtook, or lost his place by preemption"
         admitted += [w.sequence for w in works if w.sequence not in admitted]
         for gone in leaving.get(step, []):
             scheduler.abort(gone)

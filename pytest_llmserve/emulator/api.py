@@ -182,9 +182,7 @@ class Model:
         elif isinstance(prompt, list) and all(type(token) is int for token in prompt):
             tokens = prompt
         elif isinstance(prompt, list) and all(isinstance(p, (str, list)) for p in prompt):
-            raise ApiError(
-                400, "the emulator takes one prompt a request", "prompt"
-            )
+            raise ApiError(400, "the emulator takes one prompt a request", "prompt")
         else:
             raise ApiError(400, "prompt must be a string or a list of token ids", "prompt")
         if not tokens:

@@ -26,7 +26,11 @@ FAULTS: Mapping[str, Mapping[str, float]] = MappingProxyType(
         # of the process
         "crash": {"tokens": 100},  # kills itself once so many tokens have left
         "ignore-sigterm": {},
-        "leak-children": {"count": 1, "seconds": 120.0},  # child processes that outlive it
+        "leak-children": {
+            "count": 1,
+            "seconds": 120.0,
+            "session": 0,
+        },  # outlive it; 1: in their own
         # of a request, before its answer
         "http-429": {"probability": 1.0},
         "http-500": {"probability": 1.0},

@@ -136,7 +136,7 @@ class Emulator:
         leak = self._faults.get("leak-children")
         if leak is not None:
             for _ in range(int(leak["count"])):
-                _leak_child(leak["seconds"])
+                _leak_child(leak["seconds"], own_session=bool(leak["session"]))
         slow, crash = self._faults.get("slow-start"), self._faults.get("crash-at-load")
         seconds = settings.load_time + (0.0 if slow is None else slow["seconds"])
         say(f"Loading weights ({machine.precision.weights}, emulated), {seconds:.1f} s")
@@ -424,13 +424,14 @@ def say(text: str) -> None:
     print(f"emulator: {text}", flush=True)
 
 
-def _leak_child(seconds: float) -> None:
-    """A child process in a session of its own, which nobody waits for."""
+def _leak_child(seconds: float, *, own_session: bool) -> None:
+    """A child process that nobody ends or waits for; it ends by itself after `seconds`."""
     child = subprocess.Popen(
         [sys.executable, "-c", f"import time; time.sleep({seconds!r})"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=own_session,
     )
     say(f"left a child process behind: {child.pid}")
     child.returncode = 0  # forget it, so that nothing warns of it at the end
