@@ -117,13 +117,20 @@ def test_container_is_run_as_the_playbook_does(monkeypatch):
     config = load_server_config(SUITE)
     assert isinstance(config.runner, ContainerRunner)
     line = container_command(
-        "/usr/bin/docker", config, ENGINE, 8355, name="n", variables=["A"], files="/run/files"
+        "/usr/bin/docker",
+        config,
+        ENGINE,
+        8355,
+        name="n",
+        variables=["A"],
+        files="/run/files",
+        gpus=["0"],
     )
     at = line.index(config.runner.image)
     before, after = line[:at], line[at + 1 :]
     assert before[:7] == ["/usr/bin/docker", "run", "--rm", "--name", "n", "--network", "host"]
     pairs = list(pairwise(before))
-    assert ("--gpus", "all") in pairs
+    assert ("--gpus", '"device=0"') in pairs
     assert ("--env", "HF_TOKEN") in pairs
     assert ("--env", "A") in pairs
     assert ("--volume", "/run/files:/llmserve:ro") in pairs
@@ -138,7 +145,7 @@ def test_container_is_run_as_the_playbook_does(monkeypatch):
 def test_podman_hands_out_gpus_by_its_own_name():
     config = load_server_config(SUITE)
     line = container_command(
-        "/usr/bin/podman", config, ENGINE, 1, name="n", variables=(), files=None
+        "/usr/bin/podman", config, ENGINE, 1, name="n", variables=(), files=None, gpus=["0", "1"]
     )
     assert "--gpus" not in line
-    assert line[line.index("--device") + 1] == "nvidia.com/gpu=all"
+    assert [word for word in line if "gpu" in word] == ["nvidia.com/gpu=0", "nvidia.com/gpu=1"]

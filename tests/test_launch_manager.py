@@ -64,6 +64,13 @@ def test_stop_leaves_no_process_and_no_port(manager, pids):
     assert not manager.alive(server)
 
 
+def test_configs_that_differ_in_name_only_are_one_server(manager, pids):
+    one = manager.get(fake_config(pids, name="one"), fake_engine(), lambda _: None)
+    two = manager.get(fake_config(pids, name="two / 2"), fake_engine(), lambda _: None)
+    assert one.pid == two.pid
+    assert two.config.name == "two / 2"
+
+
 def test_configs_that_differ_are_different_servers(manager, pids):
     engine = fake_engine()
     first = manager.get(fake_config(pids), engine, lambda _: None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pytest_llmserve.engines import FILES, Engine, Failure
@@ -92,18 +92,21 @@ def container_command(
     name: str,
     variables: Iterable[str],
     files: str | None,
+    gpus: Sequence[str] = (),
 ) -> list[str]:
     """The command line that runs the container in the foreground.
 
     `variables` are names of variables to hand over, `files` the folder with the engine's files
-    or None if it has none.
+    or None if it has none, `gpus` the GPUs it gets.
     """
     runner = config.runner
     assert isinstance(runner, ContainerRunner)
     words = [runtime, "run", "--rm", "--name", name, "--network", "host"]
-    if config.gpus > 0:
-        podman = is_podman(runtime)
-        words += ["--device", "nvidia.com/gpu=all"] if podman else ["--gpus", "all"]
+    if is_podman(runtime):
+        words += [word for gpu in gpus for word in ("--device", f"nvidia.com/gpu={gpu}")]
+    elif gpus:
+        # docker reads the value as CSV: the quotes keep the commas together
+        words += ["--gpus", f'"device={",".join(gpus)}"']
     for mount in (*runner.mounts, *([f"{files}:{_INSIDE}:ro"] if files else ())):
         words += ["--volume", mount]
     for variable in sorted({*variables, *(v for v in runner.env if v in os.environ)}):

@@ -23,10 +23,14 @@ def lease(resource: str) -> BaseFileLock:
     Use it as a context manager. It holds against other processes; the one that has it may enter
     it again, from any thread. Raises ServerError if the folder of locks cannot be made.
     """
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", resource)
     # One process may ask for the same lease in several places: that must be one lock, or the
     # second would wait for the first for ever. Other users of the machine must be able to open it.
-    return FileLock(_folder() / f"{name}.lock", mode=0o666, is_singleton=True, thread_local=False)
+    return FileLock(lock_path(resource), mode=0o666, is_singleton=True, thread_local=False)
+
+
+def lock_path(resource: str) -> Path:
+    """The file whose lock is the lease of a resource."""
+    return _folder() / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', resource)}.lock"
 
 
 def _folder() -> Path:

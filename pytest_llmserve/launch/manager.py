@@ -22,6 +22,7 @@ from pytest_llmserve.engines import Engine, Failure
 from pytest_llmserve.errors import ServerError
 from pytest_llmserve.launch import container, process, supervisor, tree
 from pytest_llmserve.launch.attach import attach, read_api_key
+from pytest_llmserve.launch.gpus import Gpus, taken, visible_gpus
 from pytest_llmserve.launch.log import Diagnosis, LogFollower, diagnose, last_lines, root_lines
 from pytest_llmserve.launch.ports import free_port, listens
 from pytest_llmserve.launch.probe import ask, fetcher, served_models
@@ -95,7 +96,7 @@ class _Launch:
     server_id: str
     log: Path
     port: int
-    command: list[str]
+    gpus: tuple[str, ...]
 
 
 class ServerManager:
@@ -129,14 +130,16 @@ class ServerManager:
             if known:
                 server = _server_from(known, config)
                 if self.alive(server):
+                    slot.state.touch()  # when it was asked for last
                     return server
                 tree.sweep(known["server_id"])
             try:
-                server, server_id = self._start(slot, config, engine, progress)
+                server, launch = self._start(slot, config, engine, progress)
             except ServerError as error:
                 _write_private(slot.state, {"failed": str(error)})
                 raise
-            _write_private(slot.state, {**_plain(server), "server_id": server_id})
+            facts = {"name": config.name, "server_id": launch.server_id, "gpus": launch.gpus}
+            _write_private(slot.state, _plain(server) | facts)
             return server
 
     def alive(self, server: Server) -> bool:
@@ -187,7 +190,8 @@ class ServerManager:
             slot.state.unlink(missing_ok=True)  # it holds the API key
 
     def _slot(self, config: ServerConfig, engine: Engine) -> _Slot:
-        return _Slot(self._servers / f"{config.name}-{engine.name}-{config.key}")
+        # Not by name: configs of one key are one server, whatever they are called.
+        return _Slot(self._servers / f"{engine.name.replace('/', '-')}-{config.key}")
 
     def _status_of(self, server: Server) -> dict[str, Any]:
         return _read_json(Path(server.log or "").parent / "status.json")
@@ -201,27 +205,85 @@ class ServerManager:
 
     def _start(
         self, slot: _Slot, config: ServerConfig, engine: Engine, progress: Progress
-    ) -> tuple[Server, str]:
+    ) -> tuple[Server, _Launch]:
         api_key = read_api_key(config)
         if api_key is None and engine.api_key:
             api_key = secrets.token_urlsafe(24)
         _check_model(config)
-        begin = time.monotonic()
         for attempt in range(1, _PORT_TRIES + 1):
             port = config.port or free_port(config.host)
-            launch = self._launch(slot, config, engine, port, api_key)
+            with self._gpus(slot, config, progress) as gpus:
+                launch = self._launch(slot, config, engine, port, api_key, gpus)
+            begin = time.monotonic()
             progress(f"starting {engine.name}")
             problem = self._await_ready(slot, launch, config, engine, begin, progress)
             if problem is None:
                 server = _describe(slot, launch, config, engine, api_key)
                 progress(f"ready after {time.monotonic() - begin:.0f} s")
-                return server, launch.server_id
+                return server, launch
             text = _text(launch.log)
             taken = diagnose(text, (Failure(_PORT_TAKEN, "", ""),))
             if taken is None or config.port is not None or attempt == _PORT_TRIES:
                 raise ServerError(_failed(config, engine, problem, launch, _secret(api_key)))
             progress(f"port {port} was taken meanwhile")
         raise AssertionError("the loop above returns or raises")
+
+    @contextmanager
+    def _gpus(self, slot: _Slot, config: ServerConfig, progress: Progress) -> Iterator[Gpus]:
+        """The GPUs for a server about to start, until its supervisor has them.
+
+        Servers of this run that hold GPUs make room, the one not asked for the longest first;
+        for those of other runs we wait, at most `ready_timeout`.
+        """
+        if config.gpus == 0:
+            yield Gpus((), ())
+            return
+        known = visible_gpus()
+        if len(known) < config.gpus:
+            raise ServerError(
+                f"{config.source or config.name}: gpus: {config.gpus} needed, {len(known)} visible "
+                "here: check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or lower it."
+            )
+        deadline = time.monotonic() + config.ready_timeout
+        waiting = False
+        while True:
+            with taken(known, config.gpus) as gpus:
+                if gpus is not None:
+                    yield gpus
+                    return
+            if evicted := self._evict(slot):
+                progress(f"{evicted} makes room on the GPU")
+                continue
+            if not waiting:
+                progress("waiting for a GPU that another run holds")
+                waiting = True
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"{config.name} did not start: other test runs held the GPUs for "
+                    f"{config.ready_timeout:g} s; wait for their end."
+                )
+            time.sleep(1.0)
+
+    def _evict(self, keep: _Slot) -> str | None:
+        """End one server of this run that holds a GPU; its name, None if there is none."""
+        slots = [_Slot(folder) for folder in self._servers.iterdir() if folder.is_dir()]
+        held = [slot for slot in slots if slot != keep and _read_json(slot.state).get("gpus")]
+        for slot in sorted(held, key=lambda slot: slot.state.stat().st_mtime):
+            lock = FileLock(slot.lock)
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                continue  # somebody is just starting it again
+            try:
+                state = _read_json(slot.state)
+                _terminate(_read_json(slot.status))
+                _await_end(_read_json(slot.status))
+                tree.sweep(state["server_id"])
+                slot.state.unlink(missing_ok=True)
+                return str(state["name"])
+            finally:
+                lock.release()
+        return None
 
     def _launch(
         self,
@@ -230,9 +292,10 @@ class ServerManager:
         engine: Engine,
         port: int,
         api_key: str | None,
+        gpus: Gpus,
     ) -> _Launch:
         """Hand the server to a supervisor of its own. Nothing has been waited for yet."""
-        server_id = f"{config.name}-{secrets.token_hex(6)}"
+        server_id = f"llmserve-{secrets.token_hex(8)}"
         log = slot.new_log()
         slot.status.unlink(missing_ok=True)
         written = dict(engine.files(config))
@@ -257,14 +320,18 @@ class ServerManager:
                 name=server_id,
                 variables=added,
                 files=str(slot.files) if written else None,
+                gpus=gpus.ids,
             )
             variables = os.environ | added
             stop = container.stop_command(runtime, server_id, config.stop_timeout)
             kill = container.kill_command(runtime, server_id)
         else:
             command = process.process_command(config, engine, port, str(slot.files))
-            variables = process.process_environment(config, engine, port, os.environ) | added
+            inherited = os.environ
+            variables = process.process_environment(config, engine, port, inherited, gpus.ids)
+            variables |= added
         guard = self._supervise(
+            hold=gpus.files,
             argv=command,
             env=variables,
             cwd=str(Path.cwd()),
@@ -274,7 +341,7 @@ class ServerManager:
             stop=stop,
             kill=kill,
         )
-        return _Launch(guard, server_id, log, port, command)
+        return _Launch(guard, server_id, log, port, gpus.ids)
 
     def _supervise(self, **spec: Any) -> subprocess.Popen[bytes]:
         try:
@@ -293,7 +360,7 @@ class ServerManager:
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
-                    pass_fds=(owner,),
+                    pass_fds=(owner, *spec["hold"]),
                     start_new_session=True,
                 )
             assert guard.stdin is not None

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pytest_llmserve.engines import FILES, Engine
@@ -57,10 +57,14 @@ def process_command(config: ServerConfig, engine: Engine, port: int, files: str)
 
 
 def process_environment(
-    config: ServerConfig, engine: Engine, port: int, inherited: Mapping[str, str]
+    config: ServerConfig,
+    engine: Engine,
+    port: int,
+    inherited: Mapping[str, str],
+    gpus: Sequence[str] = (),
 ) -> dict[str, str]:
     """The server's environment: ours without pytest's own variables, then the engine's, then the
-    config's. A server that needs no GPU sees none."""
+    config's. It sees the `gpus` that it got and no others."""
     variables = {
         name: value
         for name, value in inherited.items()
@@ -71,8 +75,7 @@ def process_environment(
         root = str(Path(__file__).parents[2])
         known = variables.get("PYTHONPATH", "")
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, (root, known)))
-    if config.gpus == 0:
-        variables["CUDA_VISIBLE_DEVICES"] = ""
+    variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     return variables | server_variables(config, engine, port)
 
 

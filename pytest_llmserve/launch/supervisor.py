@@ -14,8 +14,9 @@ the guard, which ends it. The server itself dies with the keeper (PR_SET_PDEATHS
 both are killed at the same instant can a worker stay; `tree.sweep` finds it by its marker.
 
 SPEC is JSON: `argv` `env` `cwd` `log` `status` (files) `stop_timeout` (seconds) `owner_fd` (a
-pidfd, inherited), and `stop` and `kill`, commands that end what is not below us (a container of
-a daemon) gently and at once. It comes by standard input because environments hold secrets.
+pidfd, inherited), `hold` (descriptors of locks, inherited, kept until the tree is gone), and
+`stop` and `kill`, commands that end what is not below us (a container of a daemon) gently and at
+once. It comes by standard input because environments hold secrets.
 
 The status file, replaced at each change, is JSON: `state` (running, ending, ended), `keeper`,
 `guard`, `server` (process ids) and, from `ending` on, `reason` (exited, stopped, owner, guard,
@@ -53,7 +54,8 @@ _UNKILLABLE = 30.0
 
 def main() -> int:
     spec: Spec = json.load(sys.stdin)
-    os.set_inheritable(spec["owner_fd"], False)
+    for fd in (spec["owner_fd"], *spec["hold"]):
+        os.set_inheritable(fd, False)  # for us two, not for the server
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     # Terminals and impatient users signal the starter; what happens to the tree is decided here.
