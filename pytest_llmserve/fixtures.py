@@ -226,13 +226,19 @@ class Baseline:
         regress is measured once more before it counts. Outcomes as for `SLO.check`.
         """
         from pytest_llmserve.verdict import baseline
+        from pytest_llmserve.verdict.validity import DELAY_SHARE
 
         settings = self.session.settings
         try:
             measured = self.record.of(run)
             tracked = baseline.TRACKED if metrics is None else map(baseline.tracked, metrics)
-            # A comparison asserts the measured value itself, to within its floor.
-            latencies = {t.metric: run[t.metric] for t in tracked if t.better == "lower"}
+            # A comparison asserts no more than changes as large as a floor: being late by half
+            # of that is what the client may do here.
+            latencies = {
+                t.metric: run[t.metric] * t.floor / 2 / DELAY_SHARE
+                for t in tracked
+                if t.better == "lower"
+            }
             checked = baseline.check(
                 self.record.bind(run, latencies),
                 settings.baselines,
