@@ -64,7 +64,9 @@ class ServerConfig:
 
     `args` are the engine's own options, verbatim (`{"max-num-seqs": 64}`), and `env` variables
     for it. `gpus` is how many GPUs it needs (0: it runs on the CPU). `hardware` is the machine it
-    is meant for. `endpoint` is set for engine `attach` only. `source` is the file it came from.
+    is meant for. `ready_timeout` bounds the whole start, `stall_timeout` (None: no bound) how long
+    the log may stay silent in it. `endpoint` is set for engine `attach` only. `source` is the file
+    it came from.
     """
 
     name: str
@@ -79,6 +81,7 @@ class ServerConfig:
     gpus: int = 1
     hardware: str | None = None
     ready_timeout: float = 900.0
+    stall_timeout: float | None = None
     stop_timeout: float = 30.0
     endpoint: str | None = None
     api_key_env: str | None = None
@@ -91,7 +94,7 @@ class ServerConfig:
         from dataclasses import asdict
 
         plain = asdict(self)
-        for irrelevant in ("name", "source", "ready_timeout", "stop_timeout"):
+        for irrelevant in ("name", "source", "ready_timeout", "stall_timeout", "stop_timeout"):
             plain.pop(irrelevant)
         text = json.dumps(plain, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -150,6 +150,17 @@ def test_time_out_ends_the_tree_and_says_so(manager, pids):
     assert not living(pids_in(pids))
 
 
+def test_server_that_falls_silent_is_given_up_before_the_time_out(manager, pids):
+    say = ["Loading weights: 10%"]
+    changes = {"ready_timeout": 60.0, "stall_timeout": 1.0}
+    config = fake_config(pids, args={"say": say, "load-time": 600}, **changes)
+    with pytest.raises(ServerError) as failure:
+        manager.get(config, fake_engine(), lambda _: None)
+    assert "its log said nothing new for 1 s (stall_timeout)" in str(failure.value)
+    assert "Loading weights: 10%" in str(failure.value)
+    assert not living(pids_in(pids))
+
+
 def test_port_that_is_taken_meanwhile_is_exchanged(manager, pids, tmp_path):
     seen = []
     config = fake_config(pids, args={"first-port-taken": str(tmp_path / "was taken")})
@@ -163,7 +174,8 @@ def test_port_of_the_config_that_is_taken_is_named(manager, pids):
         other.bind(("127.0.0.1", 0))
         other.listen()
         config = fake_config(pids, port=other.getsockname()[1])
-        with pytest.raises(ServerError, match="the port is taken by another program; leave `port`"):
+        taken = r"port: \d+ of 127.0.0.1 cannot be used \(Address already in use\): leave `port`"
+        with pytest.raises(ServerError, match=taken):
             manager.get(config, fake_engine(), lambda _: None)
 
 
@@ -183,7 +195,7 @@ def test_program_that_cannot_be_executed_is_told(manager, pids, tmp_path):
 
 
 def test_model_folder_that_is_missing_is_named_before_anything_starts(manager, pids):
-    with pytest.raises(ServerError, match=r"model: /no/such/model is not there"):
+    with pytest.raises(ServerError, match="model: /no/such/model is not there"):
         manager.get(fake_config(pids, model="/no/such/model"), fake_engine(), lambda _: None)
     assert not pids_in(pids)
 

@@ -53,7 +53,14 @@ def word(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
+def value_of(args: Mapping[str, Any], option: str) -> Any:
+    """The value of an option (`max-num-seqs`) in whichever spelling the user wrote; or None."""
+    for name, value in args.items():
+        if name.lstrip("-").replace("_", "-") == option:
+            return value
+    return None
+
+
 def given(args: Mapping[str, Any], *names: str) -> bool:
-    """Whether the user set one of these options, in whichever spelling."""
-    spelled = {name.lstrip("-").replace("_", "-") for name in args}
-    return any(name in spelled for name in names)
+    """Whether the user set one of these options."""
+    return any(value_of(args, name) is not None for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ class LogFollower:
         self._offset = 0
         self._rest = b""
         self._stage = ""
+        #: When the log last gained something (`time.monotonic()`).
+        self.grown = time.monotonic()
 
     def new_stage(self) -> str | None:
         """The words of the latest stage seen, if they are new."""
@@ -51,6 +54,8 @@ class LogFollower:
         except FileNotFoundError:
             return None
         self._offset += len(fresh)
+        if fresh:
+            self.grown = time.monotonic()
         # Progress bars rewrite their line with carriage returns.
         *whole, self._rest = re.split(rb"[\r\n]", self._rest + fresh)
         stage = self._stage

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from pytest_llmserve.engines import Engine, Failure
 from pytest_llmserve.errors import ServerError
-from pytest_llmserve.launch import container, process, supervisor, tree
+from pytest_llmserve.launch import container, preflight, process, supervisor, tree
 from pytest_llmserve.launch.attach import attach, read_api_key
 from pytest_llmserve.launch.gpus import Gpus, taken, visible_gpus
 from pytest_llmserve.launch.log import Diagnosis, LogFollower, diagnose, last_lines, root_lines
@@ -34,6 +34,7 @@ Progress = Callable[[str], None]
 _PORT_TRIES = 3
 _PORT_TAKEN = r"\[Errno 98\]|[Aa]ddress already in use|Failed to bind socket|couldn't bind"
 _LOOK = 0.2  # seconds between two looks at a server that loads
+_MEMORY_BACK = 15.0  # seconds in which a driver gives back the memory of processes that ended
 _STOP_AT_MOST = 180.0  # seconds for an orderly end, beyond any sensible stop_timeout
 
 _NOT_READY = "was not ready after"
@@ -130,7 +131,8 @@ class ServerManager:
             if known:
                 server = _server_from(known, config)
                 if self.alive(server):
-                    slot.state.touch()  # when it was asked for last
+                    # When it was asked for last; touch() would round to the kernel's tick.
+                    os.utime(slot.state, ns=(time.time_ns(), time.time_ns()))
                     return server
                 tree.sweep(known["server_id"])
             try:
@@ -209,10 +211,11 @@ class ServerManager:
         api_key = read_api_key(config)
         if api_key is None and engine.api_key:
             api_key = secrets.token_urlsafe(24)
-        _check_model(config)
+        _check(config, preflight.requirements(config, engine), progress)
         for attempt in range(1, _PORT_TRIES + 1):
             port = config.port or free_port(config.host)
             with self._gpus(slot, config, progress) as gpus:
+                _check(config, _memory_back(config, engine), progress)
                 launch = self._launch(slot, config, engine, port, api_key, gpus)
             begin = time.monotonic()
             progress(f"starting {engine.name}")
@@ -239,11 +242,6 @@ class ServerManager:
             yield Gpus((), ())
             return
         known = visible_gpus()
-        if len(known) < config.gpus:
-            raise ServerError(
-                f"{config.source or config.name}: gpus: {config.gpus} needed, {len(known)} visible "
-                "here: check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or lower it."
-            )
         deadline = time.monotonic() + config.ready_timeout
         waiting = False
         while True:
@@ -401,10 +399,10 @@ class ServerManager:
                     status, launch.port, config
                 ):
                     return None
-                if time.monotonic() - begin > config.ready_timeout:
+                if late := _late(config, begin, follower.grown):
                     _terminate(_read_json(slot.status))
                     _await_end(_read_json(slot.status))
-                    return f"{_NOT_READY} {config.ready_timeout:g} s (ready_timeout)"
+                    return late
         except BaseException:
             # Ctrl-C while it loads: nobody will know of this server, so it ends now.
             _terminate(_read_json(slot.status))
@@ -435,6 +433,19 @@ def _describe(
     )
 
 
+def _late(config: ServerConfig, begin: float, grown: float) -> str | None:
+    """In what way a start takes too long: in all, or since its log last grew. None: it does not."""
+    now = time.monotonic()
+    if now - begin > config.ready_timeout:
+        return f"{_NOT_READY} {config.ready_timeout:g} s (ready_timeout)"
+    if config.stall_timeout is not None and now - grown > config.stall_timeout:
+        return (
+            f"{_NOT_READY} {now - begin:.0f} s, and its log said nothing new for "
+            f"{config.stall_timeout:g} s (stall_timeout)"
+        )
+    return None
+
+
 def _endpoint(config: ServerConfig, port: int) -> str:
     """Where we reach it: a server that listens everywhere is asked on loopback."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
@@ -448,14 +459,24 @@ def _is_ours(status: dict[str, Any], port: int, config: ServerConfig) -> bool:
     return "server" in status and listens(status["server"], port)
 
 
-def _check_model(config: ServerConfig) -> None:
-    """A model given as a place must be there; telling it now saves the minute of a failed load."""
-    if isinstance(config.runner, ContainerRunner) or not config.model.startswith(("/", "./", "~")):
-        return
-    if not Path(config.model).expanduser().exists():
-        raise ServerError(
-            f"{config.source or config.name}: model: {config.model} is not there; correct the path."
-        )
+def _check(config: ServerConfig, findings: list[preflight.Finding], progress: Progress) -> None:
+    """Tell it now if something is missing: that saves the minutes of a load that must fail."""
+    for finding in findings:
+        if finding.level == "fail":
+            raise ServerError(f"{config.source or config.name}: {finding}.")
+        if finding.level == "warn":
+            progress(str(finding))
+
+
+def _memory_back(config: ServerConfig, engine: Engine) -> list[preflight.Finding]:
+    """The findings about memory, once what a server before this one had has been given back."""
+    deadline = time.monotonic() + _MEMORY_BACK
+    while True:
+        findings = preflight.memory(config, engine)
+        well = all(finding.level == "ok" for finding in findings)
+        if well or time.monotonic() > deadline:
+            return findings
+        time.sleep(1.0)
 
 
 def _failed(
@@ -474,7 +495,7 @@ def _failed(
     if found is None:
         lines = tuple((root_lines(text) or last_lines(text))[-5:])
         mend = (
-            "raise ready_timeout if its log shows progress"
+            "raise it if the log shows progress"
             if _NOT_READY in problem
             else ("read the log" if lines else "run its command by hand to see why")
         )
