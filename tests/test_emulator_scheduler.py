@@ -13,6 +13,7 @@ from pytest_llmserve.emulator.catalog import load_hardware, load_model
 from pytest_llmserve.emulator.kv import BlockPool, chain
 from pytest_llmserve.emulator.physics import Machine, Noise
 from pytest_llmserve.emulator.scheduler import Policy, Scheduler, Sequence, Work
+from pytest_llmserve.emulator.simulate import simulate
 from pytest_llmserve.metrics.roofline import Precision
 
 
@@ -266,32 +267,38 @@ def test_a_sequence_that_can_never_fit_is_refused() -> None:
         scheduler.add(sequence([], 7))
 
 
-def throughput(users: int, weights: str, kv: str, *, prompt: int = 128, output: int = 128) -> float:
-    """Output tokens/s of a closed loop on an emulated Spark, in the scheduler's own time."""
-    machine = Machine(load_model("qwen3-8b"), load_hardware("dgx-spark"), Precision(weights, kv))
-    scheduler = Scheduler(Policy(), BlockPool(20_000, 16))
-    fresh = iter(range(10**9))
-    # Users out of step with each other, as a ramp makes them.
-    for user in range(users):
-        scheduler.add(
-            sequence([next(fresh) for _ in range(prompt)], 1 + output * (user + 1) // users)
-        )
-    now = tokens = 0.0
-    while now < 30:
-        works = scheduler.plan()
-        now += machine.duration(works)
-        for emission in scheduler.commit(works):
-            tokens += emission.count if now > 10 else 0
-            if emission.done:
-                scheduler.add(sequence([next(fresh) for _ in range(prompt)], output))
-    return tokens / (now - 10)
+def spark(weights: str, kv: str) -> Machine:
+    return Machine(load_model("qwen3-8b"), load_hardware("dgx-spark"), Precision(weights, kv))
+
+
+def output_rate(users: int, weights: str, kv: str) -> float:
+    figures = simulate(spark(weights, kv), Policy(), users=users, prompt=128, output=128)
+    return figures.output_throughput
 
 
 def test_thirty_users_on_a_spark_are_at_the_border_of_a_thousand_tokens() -> None:
-    assert throughput(30, "nvfp4", "fp8") == pytest.approx(1015, rel=0.02)
-    assert throughput(30, "bf16", "bf16") < 400
-    assert throughput(30, "fp8", "fp8") < 700
-    assert throughput(1, "nvfp4", "fp8") < 40
+    assert output_rate(30, "nvfp4", "fp8") == pytest.approx(1015, rel=0.01)
+    assert output_rate(30, "bf16", "bf16") < 400
+    assert output_rate(30, "fp8", "fp8") < 700
+    assert output_rate(1, "nvfp4", "fp8") < 40
+
+
+def test_a_closed_loop_in_its_own_time() -> None:
+    machine = spark("nvfp4", "fp8")
+    alone = simulate(machine, Policy(), users=1, prompt=128, output=64)
+    assert alone.concurrency == pytest.approx(1)
+    assert alone.ttft_p50 < 2 * alone.tpot_p50
+    # 64 tokens in 64 steps, prefill among them; and two thirds of all tokens are the prompts'.
+    assert alone.output_throughput == pytest.approx(1 / alone.tpot_p50, rel=0.05)
+    assert alone.total_throughput == pytest.approx(3 * alone.output_throughput, rel=0.05)
+    queued = simulate(machine, Policy(batching="serial"), users=8, prompt=128, output=64)
+    assert queued.output_throughput == pytest.approx(alone.output_throughput, rel=0.05)
+    assert queued.ttft_p50 > 6 * 64 * alone.tpot_p50
+    batched = simulate(machine, Policy(), users=8, prompt=128, output=64)
+    assert batched.output_throughput > 6 * alone.output_throughput
+    guessing = Policy(draft_tokens=3, acceptance=0.8)
+    quicker = simulate(machine, guessing, users=8, prompt=128, output=64)
+    assert quicker.output_throughput > 2 * batched.output_throughput
 
 
 def test_noise_has_mean_one_and_its_sigma() -> None:

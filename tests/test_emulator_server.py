@@ -141,6 +141,16 @@ def test_what_is_not_http_is_refused_and_the_server_lives(server: Emulated) -> N
     assert server.ask("/ping")[0] == 200
 
 
+def test_head_gets_the_headers_alone(server: Emulated) -> None:
+    with socket.create_connection((server.host, server.port)) as raw:
+        raw.sendall(b"HEAD /version HTTP/1.1\r\nconnection: close\r\n\r\n")
+        data = b""
+        while piece := raw.recv(65536):
+            data += piece
+    assert data.startswith(b"HTTP/1.1 200 OK")
+    assert data.endswith(b"\r\n\r\n")
+
+
 def test_requests_on_one_connection_are_answered_in_turn(server: Emulated) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 2, "ignore_eos": True}).encode()
     one = b"POST /v1/completions HTTP/1.1\r\ncontent-length: %d\r\n\r\n" % len(body) + body

@@ -81,6 +81,7 @@ class Connection:
         self._backlog = bytearray()
         self._waiting: deque[tuple[Request, bool]] = deque()
         self._keep_alive = True
+        self._bodiless = False  # the answer to HEAD
         self._begin()
 
     # what the parser calls
@@ -148,6 +149,7 @@ class Connection:
         while self.open and not self.busy and self._waiting:
             request, self._keep_alive = self._waiting.popleft()
             self.busy = True
+            self._bodiless = request.method == "HEAD"
             self._server.handle(request, self)
 
     def send(self, data: bytes) -> None:
@@ -188,7 +190,8 @@ class Connection:
     def answer(self, status: int, body: bytes, content_type: str = "application/json") -> None:
         """A whole response at once."""
         close = not self._keep_alive
-        self.send(head(status, content_type, length=len(body), close=close) + body)
+        headers = head(status, content_type, length=len(body), close=close)
+        self.send(headers if self._bodiless else headers + body)
         self.done()
 
     def done(self) -> None:

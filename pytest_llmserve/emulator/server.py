@@ -51,6 +51,9 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     VERSION = "unknown"
 
+# Rows of the truth log that may wait for a better time to be written.
+_MOST_ROWS = 100_000
+
 # Work that can wait is begun with so much time before the next deadline, or after so long a wait.
 _SLACK = 0.003
 _PATIENCE = 0.05
@@ -229,6 +232,8 @@ class Emulator:
             if truth.pending > 256 and slack > _SLACK / 3:
                 truth.flush(32)
                 return True
+            if truth.pending > _MOST_ROWS:
+                truth.flush()
         return False
 
     def _after(self, seconds: float, what: Callable[[], None]) -> None:
@@ -261,6 +266,8 @@ class Emulator:
         }
         if self._dialect.name == "ollama":
             get["/api/version"] = self._version
+        if self._dialect.name == "tensorrt-llm":
+            get["/metrics"] = self._iteration_stats
         if path.startswith("/v1"):
             self._authorize(request)
         if method == "POST" and path in post:
@@ -313,6 +320,10 @@ class Emulator:
                 connection.answer(200, render(self._collector), CONTENT_TYPE)
 
         self._jobs.append((self._clock(), answer))
+
+    def _iteration_stats(self, request: Request, connection: Connection) -> None:
+        """TensorRT-LLM's own /metrics, which is empty unless statistics are switched on."""
+        answer_json(connection, [])
 
     def _reset_prefix_cache(self, request: Request, connection: Connection) -> None:
         self._pool.forget()
