@@ -339,3 +339,34 @@ def test_a_sketch_redraws_the_cdf(values, at):
 def test_a_sketch_of_nothing_is_nothing():
     assert sketch([]) == []
     assert sketch([math.nan]) == []
+
+
+def test_a_number_of_repeats_is_measured_and_judged_by_welch(tmp_path):
+    fill(tmp_path)
+    speeds = iter([0.9, 0.905, 0.895])
+    verdicts = compare(make(0.9), tmp_path, rerun=lambda: make(next(speeds)), repeats=4)
+    assert worst(verdicts) == "fail"
+    assert "the 4 runs are worse" in verdicts[0].reason
+    assert next(speeds, None) is None
+
+
+def test_auto_repeats_stop_when_decided_and_say_so(tmp_path):
+    fill(tmp_path)
+    calls = []
+
+    def rerun(speed):
+        calls.append(speed)
+        return make(speed * (1 + 0.001 * len(calls)))
+
+    verdicts = compare(make(0.7), tmp_path, rerun=lambda: rerun(0.7), repeats="auto")
+    assert worst(verdicts) == "fail"
+    assert 1 <= len(calls) <= 3
+    assert f"{len(calls) + 1} of at most 8 runs were needed" in verdicts[0].reason
+
+
+def test_auto_repeats_end_without_a_way_to_repeat(tmp_path):
+    fill(tmp_path)
+    assert worst(compare(make(0.7), tmp_path, repeats="auto")) in ("inconclusive", "pass")
+    spoilt = make(0.7, checks=[Check("client", False, "busy")])
+    verdicts = compare(make(0.7), tmp_path, rerun=lambda: spoilt, repeats="auto")
+    assert "a further run is no measurement (client: busy)" in verdicts[0].reason

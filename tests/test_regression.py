@@ -13,6 +13,7 @@ from pytest_llmserve.verdict.regression import (
     as_change,
     judge_family,
     judge_new,
+    judge_pairs,
     log_floor,
 )
 
@@ -227,3 +228,38 @@ def test_holm_steps_down():
 def test_a_family_of_one_is_the_metric_alone():
     sample = Samples([900], BASELINE, "higher", 0.03)
     assert judge_family({"x": sample})["x"] == judge_new([900], BASELINE, "higher", 0.03)
+
+
+def test_pairs_cancel_the_drift_of_the_host():
+    drift = [1.0, 0.8, 1.3, 0.7, 1.5]
+    same = judge_pairs([(100 * d, 100.5 * d) for d in drift], "higher", 0.03)
+    assert same.finding == "no_regression"
+    worse = judge_pairs(
+        [(100 * d, 85 * d * n) for d, n in zip(drift, (1, 1.01, 0.99, 1.005, 1), strict=True)],
+        "higher",
+        0.03,
+    )
+    assert worse.finding == "regression"
+    assert worse.ratio == pytest.approx(0.85, rel=0.01)
+    unpaired = judge_new([85 * d for d in drift], [100 * d for d in drift], "higher", 0.03)
+    assert unpaired.finding == "no_regression"
+
+
+def test_pairs_judge_both_ways_and_need_three():
+    pairs = [(1.0, 0.70), (1.1, 0.78), (0.9, 0.62), (1.0, 0.71)]
+    assert judge_pairs(pairs, "lower", 0.05).finding == "improvement"
+    assert judge_pairs(pairs, "higher", 0.05).finding == "regression"
+    few = judge_pairs(pairs[:2], "lower", 0.05)
+    assert few.finding == "inconclusive"
+    assert few.runs_needed == 1
+
+
+@pytest.mark.parametrize("pairs", [3, 5])
+def test_pairs_of_the_same_are_hardly_ever_called_different(pairs):
+    rng = np.random.default_rng(8)
+    findings = []
+    for _ in range(1500):
+        logs = 0.08 * rng.standard_normal((pairs, 2))
+        findings.append(judge_pairs([tuple(np.exp(row)) for row in logs], "lower", 0.0).finding)
+    assert findings.count("regression") <= 27
+    assert findings.count("improvement") <= 27

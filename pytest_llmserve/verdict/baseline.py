@@ -36,6 +36,7 @@ from pytest_llmserve.verdict.regression import (
     Samples,
     judge_family,
 )
+from pytest_llmserve.verdict.sequential import MOST, decide
 from pytest_llmserve.verdict.slo import (
     check_metric,
     invalid_reason,
@@ -48,6 +49,9 @@ from pytest_llmserve.verdict.slo import (
 RECENT = 20
 
 Mode = Literal["none", "new", "all"]
+#: New runs: one (and a second if the first breaches), a number, or as many as the verdict needs.
+Repeats = int | Literal["auto"]
+_Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -125,14 +129,18 @@ def compare(
     *,
     metrics: Sequence[str | Tracked] | None = None,
     rerun: Callable[[], Run] | None = None,
+    repeats: Repeats = 1,
 ) -> tuple[Verdict, ...]:
     """Judge a run by its baseline below `root`: one verdict a metric, and one for each drift.
 
-    `rerun` measures the same load once more; it is called at most once, if the run seems to have
-    become worse, and without it such a run stays inconclusive. Raises ConfigError for a baseline
-    file that is not valid and for a metric that cannot be compared.
+    `rerun` measures the same load once more. With `repeats=1` it is called at most once, if the
+    run seems to have become worse (without it such a run stays inconclusive); with a number,
+    until there are so many runs; with "auto", until the verdict is decided (`sequential`).
+
+    Raises ConfigError for a baseline file that is not valid and for a metric that cannot be
+    compared.
     """
-    return _compare(run, root, metrics, rerun).verdicts
+    return _compare(run, root, metrics, rerun, repeats).verdicts
 
 
 def store(
@@ -213,6 +221,7 @@ def check(
     *,
     metrics: Sequence[str | Tracked] | None = None,
     rerun: Callable[[], Run] | None = None,
+    repeats: Repeats = 1,
     mode: Mode = "none",
     reason: str | None = None,
     others: Iterable[Verdict] = (),
@@ -222,7 +231,7 @@ def check(
     `others` are the test's other verdicts on the run (objectives): a run that failed them is not
     stored. A regression that is accepted passes, and says why.
     """
-    compared = _compare(run, root, metrics, rerun)
+    compared = _compare(run, root, metrics, rerun, repeats)
     stored = store(run, root, (*compared.verdicts, *others), mode=mode, reason=reason)
     verdicts = compared.verdicts
     if stored.action == "accepted":
@@ -289,6 +298,7 @@ def _compare(
     root: Path,
     metrics: Sequence[str | Tracked] | None,
     rerun: Callable[[], Run] | None,
+    repeats: Repeats,
 ) -> _Compared:
     wanted = [tracked(metric) for metric in (TRACKED if metrics is None else metrics)]
     if not run.valid:
@@ -307,15 +317,8 @@ def _compare(
     origin = _peers([r for r in load.runs if r.id in load.origin], run.fingerprint)
     if {r.id for r in origin} >= {r.id for r in peers} or len(origin) < BASELINE_RUNS:
         origin = []
-    runs = [run]
-    judged = _judge(runs, wanted, peers, origin)
-    again: Run | None = None
-    if rerun and any(c.finding == "suspected" for c in judged.values()):
-        again = rerun()
-        if again.valid:
-            runs.append(again)
-            judged = _judge(runs, wanted, peers, origin)
-    notes = _notes(peers, run, again)
+    runs, judged, notes = _measure(run, rerun, repeats, lambda r: _family(r, wanted, peers, origin))
+    notes += _should(peers, run)
     verdicts = tuple(
         verdict for t in wanted for verdict in _verdicts(runs, t, judged, peers, origin, notes, add)
     )
@@ -339,14 +342,45 @@ def _why_none(
     return f"the {len(current)} stored runs measured something else ({fields})", "mismatched"
 
 
-def _judge(
+def _measure(
+    run: Run,
+    rerun: Callable[[], Run] | None,
+    repeats: Repeats,
+    family: Callable[[Sequence[Run]], dict[_Key, Samples]],
+) -> tuple[list[Run], dict[_Key, Comparison], str]:
+    """As many runs as the verdict needs, the comparisons, and what has to be said of the runs."""
+    runs, spoilt = [run], ""
+    most = MOST if repeats == "auto" else max(repeats, 2)
+    while True:
+        samples = family(runs)
+        if not samples:
+            return runs, {}, spoilt
+        if repeats == "auto":
+            decision = decide(samples, most)
+            judged, enough = dict(decision.comparisons), decision.decided
+        else:
+            judged = judge_family(samples)
+            suspected = any(c.finding == "suspected" for c in judged.values())
+            enough = len(runs) >= repeats and not suspected
+        if enough or spoilt or rerun is None or len(runs) >= most:
+            break
+        again = rerun()
+        if again.valid:
+            runs.append(again)
+        else:
+            spoilt = f"; a further run is no measurement ({invalid_reason(again)})"
+    said = f"; {len(runs)} of at most {most} runs were needed" if repeats == "auto" else ""
+    return runs, judged, spoilt + said
+
+
+def _family(
     runs: Sequence[Run],
     wanted: Sequence[Tracked],
     peers: Sequence[StoredRun],
     origin: Sequence[StoredRun],
-) -> dict[tuple[str, str], Comparison]:
-    """Comparisons by ("baseline" or "drift", metric): one family. What has no value is left out."""
-    family: dict[tuple[str, str], Samples] = {}
+) -> dict[_Key, Samples]:
+    """Samples by ("baseline" or "drift", metric): one family. What has no value is left out."""
+    family: dict[_Key, Samples] = {}
     for t in wanted:
         new = [_usable(r.metrics, t.metric) for r in runs]
         values = [value for value in new if value is not None]
@@ -356,15 +390,13 @@ def _judge(
                 old if kind == "baseline" else len(old) >= BASELINE_RUNS
             ):
                 family[kind, t.metric] = Samples(values, old, t.better, t.floor)
-    names = {"\0".join(key): key for key in family}
-    judged = judge_family({name: family[key] for name, key in names.items()})
-    return {names[name]: comparison for name, comparison in judged.items()}
+    return family
 
 
 def _verdicts(
     runs: Sequence[Run],
     t: Tracked,
-    judged: Mapping[tuple[str, str], Comparison],
+    judged: Mapping[_Key, Comparison],
     peers: Sequence[StoredRun],
     origin: Sequence[StoredRun],
     notes: str,
@@ -429,17 +461,12 @@ def _smallest(c: Comparison, t: Tracked) -> str:
     return f"a change of {sign}{size} would have been detected with 80 % power"
 
 
-def _notes(peers: Sequence[StoredRun], run: Run, again: Run | None) -> str:
-    """What else a reader has to know: fields that should match, a second run that was invalid."""
-    notes = ""
-    if again is not None and not again.valid:
-        notes += f"; the second run is no measurement ({invalid_reason(again)})"
+def _should(peers: Sequence[StoredRun], run: Run) -> str:
+    """The fields that should match and differ, with both values."""
     differing = [
         str(d) for d in differences(peers[-1].fingerprint, run.fingerprint) if d.kind == "should"
     ]
-    return notes + (
-        f"; compared although they differ in {', '.join(differing)}" if differing else ""
-    )
+    return f"; compared although they differ in {', '.join(differing)}" if differing else ""
 
 
 def _verdict(

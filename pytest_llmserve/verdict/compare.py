@@ -117,11 +117,9 @@ def compare_files(
                 family[name, t.metric] = Samples(new, old, t.better, t.floor)
     if not family:
         raise ConfigError(f"{a} and {b} have no metric of the same meaning in common: name others")
-    keys = {f"{test}\0{metric}": (test, metric) for test, metric in family}
-    judged = judge_family({k: family[key] for k, key in keys.items()})
     rows = [
-        _row(test, metric, family[test, metric], judged[k], unlike[test])
-        for k, (test, metric) in keys.items()
+        _row(test, metric, family[test, metric], comparison, unlike[test])
+        for (test, metric), comparison in judge_family(family).items()
     ]
     emulated = any(
         bool(p.get("emulated")) for _, one, two in pairs for g in (one, two) for p in g.fingerprints

@@ -32,13 +32,17 @@ Jones, ISMM 2013, for the run as the unit and for effects as ratios.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
-from typing import Literal
+from typing import Literal, TypeVar
 
 Better = Literal["higher", "lower"]
+Rule = Literal["prediction", "welch", "paired", "none"]
 Finding = Literal["regression", "suspected", "no_regression", "improvement", "inconclusive"]
+
+#: What a family is keyed by: a metric's name, or a name and more.
+Key = TypeVar("Key", bound=Hashable)
 
 #: One-sided error of each bound.
 ALPHA = 0.05
@@ -82,7 +86,7 @@ class Comparison:
     """
 
     finding: Finding
-    rule: Literal["prediction", "welch", "none"]
+    rule: Rule
     ratio: float
     interval: tuple[float, float] | None
     noise: float | None
@@ -127,7 +131,7 @@ def judge_new(
     return _welch(samples, worse_new, worse_old, step, alpha)
 
 
-def judge_family(family: Mapping[str, Samples], alpha: float = ALPHA) -> dict[str, Comparison]:
+def judge_family(family: Mapping[Key, Samples], alpha: float = ALPHA) -> dict[Key, Comparison]:
     """Compare several metrics (or load points) at once; the family's error is that of one.
 
     Holm: the smallest p-value is judged at alpha / m, the next at alpha / (m - 1), …, and from
@@ -137,7 +141,7 @@ def judge_family(family: Mapping[str, Samples], alpha: float = ALPHA) -> dict[st
         name: judge_new(s.new, s.baseline, s.better, s.floor, alpha) for name, s in family.items()
     }
     level, stopped = alpha, False
-    judged: dict[str, Comparison] = {}
+    judged: dict[Key, Comparison] = {}
     for rank, name in enumerate(sorted(alone, key=lambda n: alone[n].p_value)):
         if not stopped:
             level = alpha / (len(alone) - rank)
@@ -145,6 +149,47 @@ def judge_family(family: Mapping[str, Samples], alpha: float = ALPHA) -> dict[st
         s = family[name]
         judged[name] = judge_new(s.new, s.baseline, s.better, s.floor, level)
     return {name: judged[name] for name in family}
+
+
+def judge_pairs(
+    pairs: Sequence[tuple[float, float]], better: Better, floor: float, alpha: float = ALPHA
+) -> Comparison:
+    """Compare B with A from pairs (A, B) measured side by side: is B worse, or better, than A?
+
+    What drifts on the host moves both of a pair, so the ratio within each pair is the sample:
+    Student's t on its logs, a regression if the one-sided 95 % bound is beyond the floor and the
+    99.5 % bound beyond no change, an improvement likewise. Fewer than three pairs: inconclusive.
+    `noise` is that of one pair's ratio. Raises ValueError as `judge_new` does.
+    """
+    samples = Samples([b for _, b in pairs], [a for a, _ in pairs], better, floor)
+    _check(samples)
+    sign = 1.0 if better == "lower" else -1.0
+    logs = [sign * math.log(b / a) for a, b in pairs]
+    n, difference, step = len(logs), fmean(logs), log_floor(floor, better)
+    if n < WELCH_RUNS:
+        return _comparison(
+            samples, "inconclusive", "paired", difference, None, None, 1.0, None, None,
+            WELCH_RUNS - n, alpha,
+        )  # fmt: skip
+    noise = math.sqrt(variance(logs))
+    error = noise / math.sqrt(n)
+
+    def worse(sign: float) -> float:
+        real = _p_value(sign * difference, error, n - 1) * ALPHA / REAL
+        return max(_p_value(sign * difference - step, error, n - 1), min(1.0, real))
+
+    finding: Finding = "no_regression"
+    if worse(1.0) <= alpha:
+        finding = "regression"
+    elif worse(-1.0) <= alpha:
+        finding = "improvement"
+    quantile = _quantile(1 - alpha, n - 1)
+    bound = max(step + quantile * error, _quantile(1 - alpha * REAL / ALPHA, n - 1) * error)
+    smallest = bound + _quantile(POWER, n - 1) * error
+    return _comparison(
+        samples, finding, "paired", difference, _Spread(error, n - 1), noise, worse(1.0), bound,
+        smallest, 0, alpha,
+    )  # fmt: skip
 
 
 def log_floor(floor: float, better: Better) -> float:
@@ -297,7 +342,7 @@ def _too_few(
 def _comparison(
     samples: Samples,
     finding: Finding,
-    rule: Literal["prediction", "welch", "none"],
+    rule: Rule,
     difference: float,
     spread: _Spread | None,
     noise: float | None,
