@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest_llmserve
 from pytest_llmserve.errors import LoadError
-from pytest_llmserve.load.plan import plan_to_dict
+from pytest_llmserve.load.merge import merge
+from pytest_llmserve.load.plan import ClosedLoop, plan_to_dict
 from pytest_llmserve.load.record import Record
 from pytest_llmserve.load.tokens import Prompts, prepare
 
@@ -54,110 +55,197 @@ def drive(
     record_path: Path | None = None,
     alive: Callable[[], bool] | None = None,
     prompts: Prompts | None = None,
+    shards: int = 1,
 ) -> Record:
     """Drive `plan` against `target` and give the record, also saved at `record_path` if given.
 
     `progress` is called about four times a second. When `alive` (is the server still there?)
     turns false, the load is stopped and its record is marked incomplete, as it is when the
     worker is interrupted. `prompts` comes from `tokens.prepare`, which is called if it is None.
+    With several `shards` as many processes share the users or arrivals of the plan; one is
+    enough for a thousand users.
 
     Raises LoadError if the load cannot be driven at all.
     """
     prompts = prepare(target, plan.workload) if prompts is None else prompts
+    if isinstance(plan.arrivals, ClosedLoop):
+        shards = min(shards, plan.arrivals.users)
     with tempfile.TemporaryDirectory(prefix="llmserve-load-") as folder:
-        path = Path(folder, "record.npz") if record_path is None else record_path.absolute()
-        job = {
-            "plan": plan_to_dict(plan),
-            "target": {
-                "url": target.url,
-                "model": target.model,
-                "headers": dict(target.headers),
-                "body": dict(target.body),
-            },
-            "prompts": asdict(prompts),
-            "record": str(path),
-        }
-        with Path(folder, "stderr").open("wb+") as errors:
-            worker = _Worker(job, errors.fileno())
-            try:
-                worker.follow(progress, alive)
-            finally:
-                status = worker.end()
-            if status or worker.error:
-                errors.seek(0)
-                raise LoadError(worker.error or _last_line(errors.read(), status))
-        return Record.load(path)
+        paths = [Path(folder, f"{number}.npz") for number in range(shards)]
+        if record_path is not None and shards == 1:
+            paths = [record_path.absolute()]
+        jobs = [
+            {
+                "plan": plan_to_dict(plan),
+                "target": {
+                    "url": target.url,
+                    "model": target.model,
+                    "headers": dict(target.headers),
+                    "body": dict(target.body),
+                },
+                "prompts": asdict(prompts),
+                "shard": [number, shards],
+                "record": str(path),
+            }
+            for number, path in enumerate(paths)
+        ]
+        with Workers(jobs, Path(folder)) as workers:
+            workers.follow(progress, alive)
+        workers.check()
+        merged = merge([Record.load(path) for path in paths])
+    if record_path is not None and shards > 1:
+        merged.save(record_path)
+    return merged
 
 
-class _Worker:
-    """The worker process."""
+class Workers:
+    """The worker processes of one load, all ended when the context is left."""
 
-    def __init__(self, job: dict[str, Any], errors: int) -> None:
-        package = str(Path(pytest_llmserve.__file__).parents[1])
-        paths = [package, os.environ.get("PYTHONPATH", "")]
-        self.error: str | None = None
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pytest_llmserve.load.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        )
-        assert self._process.stdin is not None
+    def __init__(self, jobs: list[dict[str, Any]], folder: Path) -> None:
+        self._all: list[_Worker] = []
         try:
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass  # it is gone: its status and its stderr say why
+            for number, job in enumerate(jobs):
+                self._all.append(_Worker(job, folder / f"{number}.stderr"))
+        except OSError as error:
+            self.__exit__()
+            raise LoadError(f"the load client cannot be started: {error}") from None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._all:
+            worker.hang_up()
+        for worker in self._all:
+            worker.end()
 
     def follow(
         self, progress: Callable[[Progress], None] | None, alive: Callable[[], bool] | None
     ) -> None:
-        """Pass its progress on until it closes stdout, or stop it."""
-        assert self._process.stdout is not None
-        out, rest = self._process.stdout.fileno(), b""
+        """Start all when all are ready, pass their progress on, until they have ended."""
         next_look = time.monotonic() + _LOOK
         with selectors.DefaultSelector() as selector:
-            selector.register(out, selectors.EVENT_READ)
-            while True:
-                if selector.select(_LOOK):
-                    data = os.read(out, 1 << 16)
-                    if not data:
-                        return
-                    *lines, rest = (rest + data).split(b"\n")
-                    for line in lines:
-                        self._hear(json.loads(line), progress)
+            for worker in self._all:
+                selector.register(worker.out, selectors.EVENT_READ, worker)
+            while selector.get_map():
+                for key, _ in selector.select(_LOOK):
+                    worker = key.data
+                    if not worker.read():
+                        selector.unregister(worker.out)
+                        if worker.process.wait(_STOP_TIME):
+                            self._hang_up()  # without one of them the plan is not driven
+                self._start()
+                self._tell(progress)
                 if alive is not None and time.monotonic() >= next_look:
                     if not alive():
                         self._hang_up()
                         alive = None
                     next_look = time.monotonic() + _LOOK
 
-    def _hear(self, message: dict[str, Any], progress: Callable[[Progress], None] | None) -> None:
-        if "error" in message:
-            self.error = message["error"]
-        elif progress is not None:
-            progress(Progress(**message))
+    def _start(self) -> None:
+        ready = [worker.ready for worker in self._all if worker.ready is not None]
+        if len(ready) == len(self._all):
+            for worker in self._all:
+                worker.start(max(ready))
+
+    def _tell(self, progress: Callable[[Progress], None] | None) -> None:
+        """Sums over all workers as they last said, once for each time the first says something."""
+        if not self._all[0].news:
+            return
+        self._all[0].news = False
+        heard = [worker.heard for worker in self._all if worker.heard is not None]
+        if progress is not None and heard:
+            sums = {
+                name: sum(getattr(one, name) for one in heard)
+                for name in ("requests", "in_flight", "tokens")
+            }
+            progress(replace(heard[0], **sums))
 
     def _hang_up(self) -> None:
-        assert self._process.stdin is not None
+        for worker in self._all:
+            worker.hang_up()
+
+    def check(self) -> None:
+        """Raise LoadError, one sentence, if one of them failed."""
+        for worker in self._all:
+            failure = worker.failure()
+            if failure is not None:
+                raise LoadError(failure)
+
+
+class _Worker:
+    """One worker process."""
+
+    def __init__(self, job: dict[str, Any], errors: Path) -> None:
+        package = str(Path(pytest_llmserve.__file__).parents[1])
+        paths = [package, os.environ.get("PYTHONPATH", "")]
+        self.ready: float | None = None
+        self.heard: Progress | None = None
+        self.news = False
+        self._error: str | None = None
+        self._errors = errors
+        self._rest = b""
+        with errors.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pytest_llmserve.load.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            )
+        assert self.process.stdout is not None
+        self.out = self.process.stdout.fileno()
+        self._write(job)
+
+    def _write(self, message: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        # If it is gone, its status and its stderr say why.
+        with contextlib.suppress(OSError, ValueError):
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def start(self, when: float) -> None:
+        """Let it begin the plan at a Unix time."""
+        self.ready = None
+        self._write({"start": when})
+
+    def read(self) -> bool:
+        """Take in what it says; False when it has closed its stdout."""
+        data = os.read(self.out, 1 << 16)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "error" in message:
+                self._error = message["error"]
+            elif "ready" in message:
+                self.ready = message["ready"]
+            else:
+                self.heard, self.news = Progress(**message), True
+        return bool(data)
+
+    def hang_up(self) -> None:
+        """Tell it to save what there is and stop."""
+        assert self.process.stdin is not None
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self.process.stdin.close()
 
-    def end(self) -> int:
-        """Its exit status; it is told to save and stop if it has not ended."""
-        self._hang_up()
+    def end(self) -> None:
+        """Wait until it has ended; kill it if it does not."""
         try:
-            status = self._process.wait(_STOP_TIME)
+            self.process.wait(_STOP_TIME)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            status = self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        return status
+            self.process.kill()
+            self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
-
-def _last_line(errors: bytes, status: int) -> str:
-    lines = errors.decode(errors="replace").split("\n")
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return f"the load client ended with status {status} and left no record: {said}"
+    def failure(self) -> str | None:
+        """Why it left no record, in one sentence; None if it left one."""
+        status = self.process.returncode
+        if self._error is not None:
+            return self._error
+        if not status:
+            return None
+        lines = self._errors.read_text(errors="replace").split("\n")
+        said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return f"the load client ended with status {status} and left no record: {said}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_llmserve.load.client import LEAD, Client, Exchange
@@ -20,15 +21,29 @@ FAILURE_PAUSE = 0.1
 WARMUP_AT_ONCE = 16
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The part of a plan that one process drives: every `count`-th user or arrival."""
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def part(self) -> slice:
+        """This shard's places in a list of the whole plan."""
+        return slice(self.number, None, self.count)
+
+
 class Warmup:
     """Sends the plan's warm-up requests, at most as many at once as there will be users."""
 
-    def __init__(self, client: Client, plan: LoadPlan) -> None:
+    def __init__(self, client: Client, plan: LoadPlan, shard: Shard) -> None:
         self._client = client
-        self._waiting = deque(range(plan.warmup))
-        self._left = plan.warmup
+        self._waiting = deque(range(plan.warmup)[shard.part])
+        self._left = len(self._waiting)
         arrivals = plan.arrivals
-        self._at_once = arrivals.users if isinstance(arrivals, ClosedLoop) else WARMUP_AT_ONCE
+        at_once = arrivals.users if isinstance(arrivals, ClosedLoop) else WARMUP_AT_ONCE
+        self._at_once = len(range(at_once)[shard.part])
 
     def begin(self) -> None:
         for _ in range(min(self._at_once, len(self._waiting))):
@@ -53,15 +68,16 @@ class Warmup:
 class Closed:
     """Users who each send their next request when the last one has ended."""
 
-    def __init__(self, client: Client, plan: LoadPlan, start: float) -> None:
+    def __init__(self, client: Client, plan: LoadPlan, shard: Shard, start: float) -> None:
         assert isinstance(plan.arrivals, ClosedLoop)
         self._client, self._think = client, plan.arrivals.think_time
-        self._starts = start + user_starts(plan)
+        starts = (start + user_starts(plan)).tolist()
+        self._starts = list(enumerate(starts))[shard.part]
         self._end = start + plan.lead + plan.duration
         self._next: dict[int, Exchange] = {}
 
     def begin(self) -> None:
-        for user, start in enumerate(self._starts.tolist()):
+        for user, start in self._starts:
             exchange = Exchange(PLANNED, user, 0)
             exchange.intended = start
             self._client.prepare_in_idle_time(exchange)
@@ -89,9 +105,10 @@ class Closed:
 class Open:
     """Arrivals at planned times, whatever becomes of the requests before."""
 
-    def __init__(self, client: Client, plan: LoadPlan, start: float) -> None:
+    def __init__(self, client: Client, plan: LoadPlan, shard: Shard, start: float) -> None:
         self._client = client
-        self._times = deque(enumerate((start + arrival_times(plan)).tolist()))
+        times = (start + arrival_times(plan)).tolist()
+        self._times = deque(list(enumerate(times))[shard.part])
         self._end = start + plan.lead + plan.duration
         self._left = len(self._times)
 

@@ -64,7 +64,8 @@ class RecordInfo:
     `timestamps` says where arrivals come from, `token_source` where token counts do.
     `cpu` is the CPU time the client used from `start` to the last request's end, `stalls` the
     longest time its loop was away; `decode_cpu` is what decoding took afterwards. `incomplete`
-    is true if the run was interrupted.
+    is true if the run was interrupted. `shards` is how many processes drove the load; `cpu` is
+    then their sum.
     """
 
     start: float
@@ -78,6 +79,7 @@ class RecordInfo:
     incomplete: bool
     version: str
     decode_cpu: float = 0.0
+    shards: int = 1
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 It is a process of its own so that pytest's threads, its interpreter lock and its garbage
 collector cannot delay a request. The job comes as one line of JSON on stdin, which is then kept
-open: its end means that the parent is gone or wants the load to stop, and what was recorded by
-then is saved as incomplete. Progress goes to stdout, one line of JSON about four times a second;
-the record goes to the file that the job names. SIGINT and SIGTERM stop the load likewise.
+open. After the warm-up the worker says when it could start (Unix time), and is told when to, the
+same for all shards of a plan. The end of stdin means that the parent is gone or wants the load to
+stop, and what was recorded by then is saved as incomplete. Progress goes to stdout, one line of
+JSON about four times a second; the record goes to the file that the job names. SIGINT and SIGTERM
+stop the load likewise.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pytest_llmserve.errors import LoadError
+from pytest_llmserve.errors import ConfigError, LoadError
 from pytest_llmserve.load import assemble, plan
 from pytest_llmserve.load.client import Client, Exchange
-from pytest_llmserve.load.drivers import Closed, Open, Warmup
+from pytest_llmserve.load.drivers import Closed, Open, Shard, Warmup
 from pytest_llmserve.load.priority import scheduled_soon
 from pytest_llmserve.load.record import Record, RecordInfo
 from pytest_llmserve.load.requests import Requests
@@ -45,6 +47,8 @@ class Worker:
         target = plan.Target(**job["target"])
         prompts = Prompts(**{**job["prompts"], "ids": tuple(job["prompts"]["ids"])})
         self._requests = Requests(target, self._plan, prompts)
+        self._shard = Shard(*job["shard"])
+        self._start: float | None = None
         self._driver: Warmup | Closed | Open | None = None
         self._phase = "warm-up"
         self._phase_start = time.monotonic()
@@ -105,19 +109,21 @@ class Worker:
         return Record(info=info, **columns)
 
     def _warm_up(self) -> None:
-        self._driver = warmup = Warmup(self._client, self._plan)
+        self._driver = warmup = Warmup(self._client, self._plan, self._shard)
         warmup.begin()
         self._client.run(warmup.going)
 
     def _load(self) -> tuple[float, float]:
         """Drive the plan until all has ended or the drain is over; its start and the CPU time."""
         client, planned = self._client, self._plan
-        start = time.monotonic() + _HEAD_START
+        say({"ready": time.time() + _HEAD_START})
+        client.run(lambda: self._start is None)
+        start = time.monotonic() if self._start is None else self._start
         ramp_end = start + planned.lead
         plan_end = ramp_end + planned.duration
         give_up = plan_end + planned.drain
         closed = isinstance(planned.arrivals, plan.ClosedLoop)
-        self._driver = load = (Closed if closed else Open)(client, planned, start)
+        self._driver = load = (Closed if closed else Open)(client, planned, self._shard, start)
         client.stalls = 0.0
         cpu = time.process_time()
         load.begin()
@@ -140,9 +146,17 @@ class Worker:
         def stop() -> None:
             self._client.stopped = True
 
+        def hear() -> None:
+            line = os.read(sys.stdin.fileno(), 1 << 10)
+            if not line:
+                stop()
+            elif self._start is None:
+                # Unix time is what machines have in common; the load keeps monotonic time.
+                self._start = json.loads(line)["start"] - self._client.clock.wall_offset
+
         self._client.watch(read, stop)
         with contextlib.suppress(PermissionError):  # a plain file: it is at its end already
-            self._client.watch(sys.stdin.fileno(), stop)
+            self._client.watch(sys.stdin.fileno(), hear)
 
     def _enter(self, phase: str, end: float | None) -> None:
         self._phase, self._phase_start, self._phase_end = phase, time.monotonic(), end
@@ -192,7 +206,7 @@ def main() -> int:
     try:
         record = Worker(job).run()
         record.save(Path(job["record"]))
-    except LoadError as error:
+    except (ConfigError, LoadError) as error:
         say({"error": str(error)})
         return 2
     return 0

@@ -150,7 +150,7 @@ def _concurrency(record: Record, metrics: Mapping[str, Any], plan: LoadPlan) -> 
 
 
 def _prompts(record: Record) -> Check:
-    known = (record.phase == 1) & (record.prompt_tokens >= 0)
+    known = (record.phase == 1) & (record.prompt_tokens >= 0) & (record.want_prompt >= 0)
     return _lengths("prompt_length", "prompt", record.prompt_tokens, record.want_prompt, known)
 
 
@@ -162,7 +162,7 @@ def _outputs(record: Record) -> Check:
 
 def _lengths(name: str, what: str, got: Any, want: Any, known: Any) -> Check:
     if not known.any():
-        return Check(name, True, f"not checked: the server reports no {what} tokens")
+        return Check(name, True, f"not checked: no {what} tokens are reported, or none are planned")
     counted, asked = int(got[known].sum()), int(want[known].sum())
     worst = int(np.abs(got[known] - want[known]).max())
     return Check(
@@ -241,7 +241,7 @@ def _client_lag(record: Record, metrics: Mapping[str, Any], bounds: Mapping[str,
 
 def _cpu(record: Record) -> Check:
     length = float(record.end.max(initial=record.info.plan_end)) - record.info.start
-    share = record.info.cpu / length
+    share = record.info.cpu / length / record.info.shards
     return Check(
         "client_cpu", share < CPU, f"the client used {share:.1%} of one core, {CPU:.0%} is too much"
     )
@@ -301,12 +301,19 @@ def _prefix_cache(record: Record, plan: LoadPlan, counters: Mapping[str, float])
     queried, hits = counters.get("prefix_queries", 0.0), counters.get("prefix_hits", 0.0)
     if not queried:
         return Check("prefix_cache", True, "not checked: the server counts no prefix look-ups")
-    workload, requests = plan.workload, len(record.phase)
-    shared = workload.shared_prefix + (TEMPLATE if workload.api == "chat" else 0)
-    most = shared * requests + CHANCE_HITS * queried
-    least = (
-        0.5 * workload.shared_prefix * max(0, requests - 2) if workload.shared_prefix > 64 else 0
-    )
+    workload = plan.workload
+    template = TEMPLATE if workload.api == "chat" else 0
+    known = [workload.known_tokens(turn) for turn in range(workload.turns)]
+    # A user's requests are in order in the record, so their places tell the turns.
+    turns = np.zeros(len(record.phase), dtype=int)
+    for user in np.unique(record.user[record.phase == 1]) if workload.turns > 1 else ():
+        rows = np.flatnonzero((record.user == user) & (record.phase == 1))
+        turns[rows] = np.arange(len(rows)) % workload.turns
+    most = float((np.array(known)[turns] + template).sum()) + CHANCE_HITS * queried
+    seen = max(0, len(record.phase) - 2 * workload.prefixes)
+    least = 0.5 * workload.shared_prefix * seen if workload.shared_prefix > 64 else 0.0
+    if workload.dataset:
+        least, most = 0.0, queried  # what the prompts of a file have in common is not known
     return Check(
         "prefix_cache",
         least <= hits <= most,
