@@ -93,7 +93,7 @@ def stats(seconds: Sequence[float]) -> dict[str, Any]:
     iqr = q3 - q1
     fences = q1 - 1.5 * iqr, q3 + 1.5 * iqr
     far = sum(not fences[0] <= value <= fences[1] for value in ordered)
-    beyond = sum(abs(value - mean) > spread for value in ordered)
+    beyond = sum(not mean - spread <= value <= mean + spread for value in ordered)
     return {
         "min": ordered[0],
         "max": ordered[-1],
