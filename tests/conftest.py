@@ -24,12 +24,12 @@ SHORT = dict(duration=0.5, prompt_tokens=16, output_tokens=8, warmup=1)
 
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> Callable[..., pytest.Pytester]:
-    """Makes a test file from a body and gives the pytester; `**files` adds text files."""
+    """Makes a test file from a body, and `files` (path → text), and gives the pytester."""
 
-    def make(body: str, **files: str) -> pytest.Pytester:
+    def make(body: str, files: Mapping[str, str] | None = None) -> pytest.Pytester:
         pytester.makepyfile(HEADER + body)
-        for name, text in files.items():
-            path = pytester.path / name.replace("__", "/").replace("_yaml", ".yaml")
+        for name, text in (files or {}).items():
+            path = pytester.path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         return pytester

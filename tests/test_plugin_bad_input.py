@@ -38,7 +38,7 @@ def _clear(result: pytest.RunResult, *sentences: str) -> None:
     ],
 )
 def test_a_bad_server_config_is_a_usage_error(project, text, sentences):
-    result = project(ASK, servers__it_yaml=text).runpytest()
+    result = project(ASK, {"servers/it.yaml": text}).runpytest()
     assert result.ret == 4
     _clear(result, *sentences)
 
@@ -58,7 +58,7 @@ model: some/model
 gpus: 0
 runner: {process: {executable: ./engine.py}}
 """
-    pytester = project(ASK, servers__it_yaml=config.replace("./engine", "../engine"))
+    pytester = project(ASK, {"servers/it.yaml": config.replace("./engine", "../engine")})
     log = "INFO loading\nValueError: Free memory on device (1/80 GiB) is less than desired GPU\n"
     _dying(pytester, log, 1)
     result = pytester.runpytest("--llmserve-engine=vllm")
@@ -69,7 +69,7 @@ runner: {process: {executable: ./engine.py}}
 
 def test_an_executable_that_is_not_there_is_named(project):
     config = "engine: vllm\nmodel: m\ngpus: 0\nrunner: {process: {executable: /no/such/vllm}}"
-    result = project(ASK, servers__it_yaml=config).runpytest("--llmserve-engine=vllm")
+    result = project(ASK, {"servers/it.yaml": config}).runpytest("--llmserve-engine=vllm")
     assert result.ret == 1
     _clear(result, "/no/such/vllm")
 

@@ -83,10 +83,14 @@ def _write_run(reporter: pytest.TerminalReporter, run: Mapping[str, Any], *, alo
         reporter.write_line("    " + lines[0])
         for line, verdict in zip(lines[1:], verdicts, strict=True):
             reporter.write_line("    " + line, **_COLOURS[verdict["verdict"]])
+    # Several metrics often have one reason, such as a baseline that is not there yet.
+    reasons: dict[tuple[str, str], list[str]] = {}
     for verdict in verdicts:
         if verdict["verdict"] != "pass":
-            text = f"{verdict['objective']}: {verdict['reason']}"
-            _write_reason(reporter, text, verdict["verdict"])
+            shared = reasons.setdefault((verdict["reason"], verdict["verdict"]), [])
+            shared.append(verdict["objective"])
+    for (reason, outcome), objectives in reasons.items():
+        _write_reason(reporter, f"{', '.join(objectives)}: {reason}", outcome)
 
 
 def run_line(run: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@ TWO_SIDED = ("token_counts", "server_ttft", "prefix_cache", "prompt_length", "ou
 @pytest.fixture
 def capstone(project, tiny_model, monkeypatch):
     monkeypatch.setenv("LLMSERVE_TINY_MODEL", str(tiny_model))
-    return project(BODY, servers__vllm_tiny_cpu_yaml=CONFIG.read_text())
+    return project(BODY, {"servers/vllm-tiny-cpu.yaml": CONFIG.read_text()})
 
 
 def _judge(result: pytest.RunResult, path: Path, schema) -> list[dict]:
