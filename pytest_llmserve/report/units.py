@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 _TOKENS_PER_SECOND = ("output_throughput", "total_throughput", "user_throughput")
 _TIMES = ("ttft", "tpot", "itl", "e2e", "send_delay", "client_lag")
@@ -33,6 +34,14 @@ def show_time(seconds: float) -> str:
     if size >= 1e-3:
         return f"{_digits(seconds * 1e3)} ms"
     return f"{_digits(seconds * 1e6)} µs"
+
+
+def in_one_unit(seconds: Sequence[float]) -> tuple[str, list[float]]:
+    """Durations in the one unit that suits the largest of them, for an axis: its name, the values
+    in four significant digits."""
+    largest = max((abs(value) for value in seconds), default=0.0)
+    unit, size = ("s", 1.0) if largest >= 1 else ("ms", 1e3) if largest >= 1e-3 else ("µs", 1e6)
+    return unit, [float(f"{value * size:.4g}") for value in seconds]
 
 
 def show_margin(relation: str, measured: float | None, bound: float | None) -> str:
