@@ -32,13 +32,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pairs = [(once(folder), once(folder, "-p", "no:llmserve")) for _ in range(runs + 2)][2:]
     added = sorted(with_it - without for with_it, without in pairs)
-    print("| `pytest --collect-only`, empty folder | ms |")
-    print("|---|---|")
-    print(
-        f"| with the plugin, median of {runs} | {statistics.median(p[0] for p in pairs) * 1e3:.1f} |"
-    )
-    print(f"| without (`-p no:llmserve`) | {statistics.median(p[1] for p in pairs) * 1e3:.1f} |")
-    print(f"| added, median of pairs | {statistics.median(added) * 1e3:.1f} |")
+    rows = {
+        f"with the plugin, median of {runs}": statistics.median(p[0] for p in pairs),
+        "without (`-p no:llmserve`)": statistics.median(p[1] for p in pairs),
+        "added, median of pairs": statistics.median(added),
+    }
+    print("| `pytest --collect-only`, empty folder | ms |\n|---|---|")
+    for what, seconds in rows.items():
+        print(f"| {what} | {seconds * 1e3:.1f} |")
     low, high = added[len(added) // 4], added[-len(added) // 4]
     print(f"| added, quartiles | {low * 1e3:.1f} to {high * 1e3:.1f} |")
 
