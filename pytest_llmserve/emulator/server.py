@@ -7,6 +7,7 @@ garbage) is done where there is time before the next deadline.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import heapq
 import os
@@ -44,6 +45,7 @@ from pytest_llmserve.emulator.settings import Settings
 from pytest_llmserve.emulator.stats import CONTENT_TYPE, Stats, collector_for, render
 from pytest_llmserve.emulator.tokens import Tokenizer
 from pytest_llmserve.emulator.truth import TruthLog
+from pytest_llmserve.load.priority import scheduled_soon
 from pytest_llmserve.poller import READ, Poller, tighten_timers
 
 try:
@@ -107,7 +109,10 @@ class Emulator:
                 gc.freeze()
                 gc.disable()
                 tighten_timers()
-                self._loop(wake_read)
+                # A server without a schedule never sleeps, and would keep everyone else waiting.
+                punctual = self._settings.schedule != "max-rate"
+                with scheduled_soon() if punctual else contextlib.nullcontext():
+                    self._loop(wake_read)
         finally:
             self._http.close()
             if self._truth is not None:
