@@ -131,6 +131,8 @@ def test_the_cpu_must_match_only_where_it_computes():
         ({"srv": server(name="renamed")}, "info"),
         ({"srv": server(args={"max-num-seqs": 64})}, "must"),
         ({"plan": LoadPlan(closed_loop(31))}, "must"),
+        ({"srv": server(args={"seed": 7})}, "info"),
+        ({"srv": server(effective={"faults": ["throttle"]})}, "info"),
     ],
 )
 def test_classes(change, kind):

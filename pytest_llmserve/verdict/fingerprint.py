@@ -9,7 +9,8 @@ A fingerprint is a flat, sorted, JSON-able mapping. Each field has a class:
 
 Engine arguments are fields of their own (`args.max-num-seqs`): as the engine itself reports
 them, else as configured. They must match; one that only one side has must match too unless the
-engine's version differs, because a new version reports new arguments of its own.
+engine's version differs, because a new version reports new arguments of its own. Seeds and
+injected faults are info.
 
 What changes without changing the measurement stays out: ports, hosts, paths, process ids, and
 all secrets. Durations are no part either: a longer run of the same load measures the same.
@@ -58,6 +59,10 @@ CLASSES: Mapping[str, Class] = {
     "python": "info",
     "server": "info",
 }
+
+#: Arguments that do not change what is measured: seeds, and faults injected into the emulated
+#: engine, which stand for what a baseline is there to find.
+FREE_ARGUMENTS = ("seed", "fault", "faults")
 
 #: Where engines keep the precision of the weights among their arguments.
 QUANTIZATION = ("quantization", "quantize", "quant_algo", "weights", "dtype")
@@ -259,6 +264,8 @@ def _class(
     name: str, left: Mapping[str, Any], right: Mapping[str, Any], same_engine: bool
 ) -> Class:
     if name.startswith("args."):
+        if name.rsplit(".", 1)[-1] in FREE_ARGUMENTS:
+            return "info"
         both = name in left and name in right
         return "must" if both or same_engine else "should"
     if name in ("cpu", "cores") and "gpu" not in left and "gpu" not in right:
