@@ -41,7 +41,7 @@ def test_unknown_engine_is_answered_with_the_known_ones():
         get_engine("vlmm")
     assert str(error.value) == (
         "There is no engine 'vlmm'; did you mean 'vllm'? Known engines: vllm, tensorrt-llm, "
-        "sglang, llama.cpp, ollama, emulator, attach."
+        "sglang, llama.cpp, ollama, dynamo, emulator, attach."
     )
     with pytest.raises(ConfigError, match=r"There is no engine 'xyz'\. Known"):
         get_engine("xyz")

@@ -49,6 +49,7 @@ def fake(tmp_path):
         (("--metric", "vllm:num_requests_running{x='1'}"), "vllm"),
         (("--metric", "sglang:num_running_reqs"), "sglang"),
         (("--owned-by", "llamacpp"), "llama.cpp"),
+        (("--metric", "dynamo_frontend_requests_total{model='x'}"), "dynamo"),
         (("--owned-by", "tensorrt_llm"), "tensorrt-llm"),
     ],
 )
@@ -189,4 +190,4 @@ def test_attached_server_that_is_gone_is_seen(fake, tmp_path):
     pid = int((tmp_path / "p").read_text())
     os.kill(pid, 9)
     assert soon(lambda: not manager.alive(server))
-    assert manager.exit_reason(server) == f"{server.endpoint} does not answer any more"
+    assert manager.exit_reason(server) == f"{server.endpoint} refuses connections now"

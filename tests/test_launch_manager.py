@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_llmserve.engines import get_engine
 from pytest_llmserve.errors import ServerError
 from pytest_llmserve.launch.manager import ServerManager
 from pytest_llmserve.servers import ProcessRunner
@@ -183,6 +184,12 @@ def test_program_that_is_missing_is_named(manager, pids):
     config = fake_config(pids, runner=ProcessRunner(executable="/no/such/server"))
     with pytest.raises(ServerError, match=r"/no/such/server is not there; correct the path"):
         manager.get(config, fake_engine(), lambda _: None)
+
+
+def test_engine_that_is_only_attached_to_is_not_started(manager, pids):
+    config = fake_config(pids, engine="dynamo", runner=ProcessRunner())
+    with pytest.raises(ServerError, match=r"dynamo is not started by pytest: start it .* endpoint"):
+        manager.get(config, get_engine("dynamo"), lambda _: None)
 
 
 def test_program_that_cannot_be_executed_is_told(manager, pids, tmp_path):

@@ -122,6 +122,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "sglang": "pytest_llmserve.engines.sglang",
         "llama.cpp": "pytest_llmserve.engines.llama_cpp",
         "ollama": "pytest_llmserve.engines.ollama",
+        "dynamo": "pytest_llmserve.engines.dynamo",
         "emulator": "pytest_llmserve.engines.emulator",
         "attach": "pytest_llmserve.engines.attach",
     }

@@ -25,7 +25,7 @@ from pytest_llmserve.launch.attach import attach, read_api_key
 from pytest_llmserve.launch.gpus import Gpus, taken, visible_gpus
 from pytest_llmserve.launch.log import Diagnosis, LogFollower, diagnose, last_lines, root_lines
 from pytest_llmserve.launch.ports import free_port, listens
-from pytest_llmserve.launch.probe import ask, fetcher, served_models
+from pytest_llmserve.launch.probe import ask, fetcher, listening, served_models
 from pytest_llmserve.servers import ContainerRunner, Server, ServerConfig
 
 Progress = Callable[[str], None]
@@ -145,9 +145,10 @@ class ServerManager:
             return server
 
     def alive(self, server: Server) -> bool:
-        """Whether the server's process is still there (attached: whether the endpoint answers)."""
+        """Whether the server's process is still there; one that others run: whether its endpoint
+        takes connections. Costs the server nothing, so it may be asked during a load."""
         if server.pid is None:
-            return ask(server.endpoint, "/v1/models", server.api_key).status != 0
+            return listening(server.endpoint)
         status = self._status_of(server)
         return status.get("state") == "running" and Path(f"/proc/{server.pid}").exists()
 
@@ -156,7 +157,7 @@ class ServerManager:
         if self.alive(server):
             return None
         if server.pid is None:
-            return f"{server.endpoint} does not answer any more"
+            return f"{server.endpoint} refuses connections now"
         from pytest_llmserve.engines import get_engine
 
         status = self._settled(Path(server.log or "").parent / "status.json")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +57,17 @@ def ask(endpoint: str, path: str, api_key: str | None = None, timeout: float = 5
         return Answer(0, problem=f"cannot be reached ({error.strerror or error})")
     finally:
         connection.close()
+
+
+def listening(endpoint: str, timeout: float = 5.0) -> bool:
+    """Whether something takes connections there: a look that costs a busy server nothing."""
+    url = urlsplit(endpoint)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        with socket.create_connection((url.hostname or "", port), timeout):
+            return True
+    except OSError:
+        return False
 
 
 def fetcher(endpoint: str, api_key: str | None) -> Fetch:

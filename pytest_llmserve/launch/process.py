@@ -22,6 +22,11 @@ def program_words(config: ServerConfig, engine: Engine) -> list[str]:
     runner = config.runner
     assert isinstance(runner, ProcessRunner)
     where = config.source or f"the server config {config.name}"
+    if not (engine.program or engine.module):
+        raise ServerError(
+            f"{where}: {engine.name} is not started by pytest: start it with its own tools, and "
+            "give its URL as --llmserve-endpoint, or with engine attach as endpoint."
+        )
     if runner.interpreter:
         if not engine.module:
             raise ServerError(

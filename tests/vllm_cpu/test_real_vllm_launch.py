@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,8 @@ from pytest_llmserve.server_files import load_server_config
 from pytest_llmserve.servers import ServerConfig
 from tests.launching import living, soon
 
-CONFIG = Path(__file__).parents[2] / "suites/servers/vllm-tiny-cpu.yaml"
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "suites/servers/vllm-tiny-cpu.yaml"
 ENGINE = get_engine("vllm")
 
 
@@ -125,6 +130,42 @@ def test_sigkill_of_the_api_server_orphans_nothing(server, manager):
     assert "SIGKILL" in manager.exit_reason(server)
 
 
+def test_killed_worker_ends_the_server_and_is_named(manager, config):
+    server = manager.get(config, ENGINE, lambda _: None)  # the one before was killed
+    tree = tree_of(server)
+    workers = [pid for pid in tree if _title(pid).startswith("VLLM::Worker")]
+    assert workers
+    os.kill(workers[0], signal.SIGKILL)
+    assert soon(lambda: not manager.alive(server), within=30)
+    assert "a worker process of vLLM was killed or crashed" in manager.exit_reason(server)
+    assert soon(lambda: not living(tree), within=10)
+
+
+def _title(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+
+
+def test_sigkill_of_pytest_leaves_no_process(config, tmp_path):
+    code = (
+        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\n"
+        "from pytest_llmserve.engines import get_engine\n"
+        "from pytest_llmserve.launch.manager import ServerManager\n"
+        "from pytest_llmserve.servers import *\n"
+        f"manager = ServerManager(Path({str(tmp_path)!r}), os.getpid())\n"
+        f"manager.get({config!r}, get_engine('vllm'), lambda _: None)\n"
+        "print('up', flush=True); time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout.readline() == b"up\n"
+        (status,) = tmp_path.rglob("status.json")
+        guard = json.loads(status.read_text())["guard"]
+        tree = set(supervisor.descendants(guard)) | {guard}
+        assert len(living(tree)) >= 5
+        owner.send_signal(signal.SIGKILL)
+    assert soon(lambda: not living(tree), within=5)
+
+
 def failure(config, tmp_path):
     manager = ServerManager(tmp_path / "run", os.getpid())
     try:
@@ -136,8 +177,6 @@ def failure(config, tmp_path):
 
 
 def changed(config, **args):
-    from dataclasses import replace
-
     model = args.pop("model", config.model)
     return replace(config, model=model, args={**config.args, **args})
 
