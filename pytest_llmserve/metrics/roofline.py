@@ -79,7 +79,7 @@ class ModelShape:
             ) from None
         except (TypeError, ValueError) as wrong:
             raise ConfigError(
-                f"model config {name}: a size is not a whole number ({wrong})"
+                f"model config {name}: a size is not a number ({wrong})"
             ) from None
 
     @property
