@@ -78,9 +78,7 @@ class ModelShape:
                 "give the config.json of a dense decoder-only transformer"
             ) from None
         except (TypeError, ValueError) as wrong:
-            raise ConfigError(
-                f"model config {name}: a size is not a number ({wrong})"
-            ) from None
+            raise ConfigError(f"model config {name}: a size is not a number ({wrong})") from None
 
     @property
     def linear_params(self) -> int:
