@@ -132,6 +132,7 @@ def test_the_cpu_must_match_only_where_it_computes():
         ({"srv": server(args={"max-num-seqs": 64})}, "must"),
         ({"plan": LoadPlan(closed_loop(31))}, "must"),
         ({"srv": server(args={"seed": 7})}, "info"),
+        ({"srv": server(effective={"num_gpu_blocks": 4711})}, "should"),
         ({"srv": server(effective={"faults": ["throttle"]})}, "info"),
     ],
 )

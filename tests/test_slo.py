@@ -132,12 +132,12 @@ def test_a_missed_objective_says_how_far_and_what_went_with_it():
     run = make_run(
         {**ttft(ci={"p95": [0.60, 0.66]}), "send_delay": {"p99": 0.2}},
         server_metrics={
-            "queue_time": {"sum": 12.0, "count": 100},
-            "waiting": {"max": 17},
+            "queue_time.sum": 12.0,
+            "queue_time.count": 100,
+            "series": {"waiting": [0.0, 17.0, float("nan")], "kv_usage": [0.5, 0.98]},
             "preemptions": 3,
             "prefix_queries": 1000,
             "prefix_hits": 250,
-            "kv_usage": {"max": 0.98},
         },
     )
     reason = one(run, at_most("ttft.p95", 0.5)).reason

@@ -242,8 +242,9 @@ def check(
             for v in verdicts
         )
     elif mode != "none" and worst(verdicts) == "fail":
+        first = next(v for v in verdicts if v.verdict == "fail")
         verdicts = tuple(
-            replace(v, reason=f"{v.reason}; {stored.message}") if v.verdict == "fail" else v
+            replace(v, reason=f"{v.reason}; {stored.message}") if v is first else v
             for v in verdicts
         )
     fresh = compared.status == "missing" and stored.action in ("new", "added")
@@ -427,7 +428,8 @@ def _explain(
 ) -> tuple[Outcome, str]:
     what = "the baseline" if kind == "baseline" else f"the origin of {stored[0].time[:10]}"
     change = f"{c.ratio - 1:+.1%}".replace("%", " %")
-    said = f"{change} from {what} ({c.baseline_runs} runs"
+    runs = "1 run" if c.baseline_runs == 1 else f"{c.baseline_runs} runs"
+    said = f"{change} from {what} ({runs}"
     said += f", run-to-run noise {c.noise:.1%})".replace("%", " %") if c.noise is not None else ")"
     if c.interval:
         low, high = c.interval

@@ -10,7 +10,7 @@ A fingerprint is a flat, sorted, JSON-able mapping. Each field has a class:
 Engine arguments are fields of their own (`args.max-num-seqs`): as the engine itself reports
 them, else as configured. They must match; one that only one side has must match too unless the
 engine's version differs, because a new version reports new arguments of its own. Seeds and
-injected faults are info.
+injected faults are info; what an engine derives from the memory it finds should match.
 
 What changes without changing the measurement stays out: ports, hosts, paths, process ids, and
 all secrets. Durations are no part either: a longer run of the same load measures the same.
@@ -60,9 +60,13 @@ CLASSES: Mapping[str, Class] = {
     "server": "info",
 }
 
-#: Arguments that do not change what is measured: seeds, and faults injected into the emulated
-#: engine, which stand for what a baseline is there to find.
-FREE_ARGUMENTS = ("seed", "fault", "faults")
+#: Arguments that do not change what is measured: names, seeds, and faults injected into the
+#: emulated engine, which stand for what a baseline is there to find.
+FREE_ARGUMENTS = ("seed", "fault", "faults", "served-model-name")
+
+#: Arguments that an engine works out from the memory it finds: they vary a little from start to
+#: start, and should match.
+DERIVED_ARGUMENTS = ("num-gpu-blocks", "num-cpu-blocks", "kv-cache-memory-bytes")
 
 #: Where engines keep the precision of the weights among their arguments.
 QUANTIZATION = ("quantization", "quantize", "quant_algo", "weights", "dtype")
@@ -264,8 +268,11 @@ def _class(
     name: str, left: Mapping[str, Any], right: Mapping[str, Any], same_engine: bool
 ) -> Class:
     if name.startswith("args."):
-        if name.rsplit(".", 1)[-1] in FREE_ARGUMENTS:
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in FREE_ARGUMENTS:
             return "info"
+        if leaf in DERIVED_ARGUMENTS:
+            return "should"
         both = name in left and name in right
         return "must" if both or same_engine else "should"
     if name in ("cpu", "cores") and "gpu" not in left and "gpu" not in right:

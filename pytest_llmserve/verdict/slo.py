@@ -205,13 +205,13 @@ def symptoms(run: Run) -> Iterator[str]:
     queue_time, queued = value("queue_time.sum"), value("queue_time.count")
     if queue_time and queued:
         yield f"requests queued {show_time(queue_time / queued)} on the server on average"
-    waiting = value("waiting.max") or value("waiting")
+    waiting = _highest(server, "waiting")
     if waiting:
         yield f"up to {waiting:g} requests waited at once"
     preemptions = value("preemptions")
     if preemptions:
         yield f"{preemptions:g} preemptions (KV cache full)"
-    kv_usage = value("kv_usage.max") or value("kv_usage")
+    kv_usage = _highest(server, "kv_usage")
     if kv_usage and kv_usage > 0.9:
         yield f"KV cache up to {kv_usage:.0%} full"
     queries, hits = value("prefix_queries"), value("prefix_hits")
@@ -221,6 +221,13 @@ def symptoms(run: Run) -> Iterator[str]:
     ttft = number(run.metrics, "ttft.p50")
     if send_delay and ttft and send_delay > 0.01 * ttft:
         yield f"the client sent up to {show_time(send_delay)} late (p99)"
+
+
+def _highest(server: Mapping[str, Any], gauge: str) -> float | None:
+    """The highest reading of a gauge over the load, from the series of its readings."""
+    series = server.get("series")
+    readings = series.get(gauge, ()) if isinstance(series, Mapping) else ()
+    return max((float(r) for r in readings if r is not None and math.isfinite(r)), default=None)
 
 
 def number(tree: Mapping[str, Any], name: str) -> float | None:
