@@ -137,6 +137,7 @@ def test_invalid_runs_are_judged_invalid_and_never_stored(tmp_path):
     spoilt = make(checks=[Check("errors", False, "3 requests failed")])
     checked = check(spoilt, tmp_path, mode="all", reason="because")
     assert outcomes(checked.verdicts) == ["invalid"] * 3
+    assert checked.status == "invalid"
     assert checked.stored.action == "kept"
     assert not path_of(spoilt, tmp_path).exists()
 

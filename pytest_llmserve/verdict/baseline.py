@@ -88,11 +88,11 @@ class Checked:
     """The verdicts of a comparison and what became of the run.
 
     `status` sums it up for counting: `compared`, `new` (stored, nothing to compare with yet),
-    `missing` (no or too few runs), `mismatched` (stored runs measured something else).
+    `missing` (no or too few runs), `mismatched` (stored runs measured something else), `invalid` (the run is no measurement).
     """
 
     verdicts: tuple[Verdict, ...]
-    status: Literal["compared", "new", "missing", "mismatched"]
+    status: Literal["compared", "new", "missing", "mismatched", "invalid"]
     stored: Stored
 
 
@@ -291,7 +291,7 @@ def sketches(run: Run) -> dict[str, list[float]]:
 @dataclass(frozen=True)
 class _Compared:
     verdicts: tuple[Verdict, ...]
-    status: Literal["compared", "missing", "mismatched"]
+    status: Literal["compared", "missing", "mismatched", "invalid"]
 
 
 def _compare(
@@ -304,7 +304,7 @@ def _compare(
     wanted = [tracked(metric) for metric in (TRACKED if metrics is None else metrics)]
     if not run.valid:
         reason = invalid_reason(run)
-        return _Compared(tuple(_verdict(run, t, "invalid", reason) for t in wanted), "compared")
+        return _Compared(tuple(_verdict(run, t, "invalid", reason) for t in wanted), "invalid")
     path = path_of(run, root)
     baseline = read(path)
     load = baseline.loads.get(str(run.fingerprint["load"])) if baseline else None
