@@ -88,7 +88,8 @@ class Checked:
     """The verdicts of a comparison and what became of the run.
 
     `status` sums it up for counting: `compared`, `new` (stored, nothing to compare with yet),
-    `missing` (no or too few runs), `mismatched` (stored runs measured something else), `invalid` (the run is no measurement).
+    `missing` (no or too few runs), `mismatched` (stored runs measured something else), `invalid`
+    (the run is no measurement).
     """
 
     verdicts: tuple[Verdict, ...]
