@@ -22,6 +22,7 @@ VLLM = get_engine("vllm")
         ("wrong_flag", "does not know the argument --no-such-flag", "unrecognized arguments"),
         ("wrong_value", "argument --max-num-seqs: invalid int value: 'many'", "invalid int"),
         ("no_such_folder", "neither a directory here nor a name", "/models/nothere"),
+        ("empty_folder", "neither a directory here nor a name", "Invalid repository ID"),
         ("not_in_cache", "not in the local cache, and the hub cannot be asked", "LocalEntryNot"),
         ("context_too_long", "max-model-len 100000 is longer than the model allows", "2048"),
         ("port_taken", "the port is taken by another program", "Errno 98"),
@@ -137,14 +138,13 @@ def test_follower_tells_each_stage_of_a_real_log_once(tmp_path):
     text = (LOGS / "worker_killed.log").read_text()
     log = tmp_path / "log"
     follower = LogFollower(log, VLLM.stages)
-    assert follower.new_stage() is None, "there is no log yet"
+    assert follower.new_stages() == [], "there is no log yet"
     seen = []
     with log.open("a") as file:
         for start in range(0, len(text), 97):  # pieces that end in the middle of lines
             file.write(text[start : start + 97])
             file.flush()
-            stage = follower.new_stage()
-            seen += [stage] if stage else []
+            seen += follower.new_stages()
     wanted = ["starting the engine", "loading weights", "KV cache allocated", "engine ready"]
     assert [stage for stage in seen if stage in wanted] == wanted
     assert all(one != other for one, other in pairwise(seen))
@@ -154,7 +154,8 @@ def test_follower_reads_progress_bars(tmp_path):
     log = tmp_path / "log"
     log.write_text("Loading safetensors checkpoint shards:  25% Completed\rLoading safetensors ")
     follower = LogFollower(log, VLLM.stages)
-    assert follower.new_stage() == "loading weights, 25 %"
+    assert follower.new_stages() == ["loading weights, 25 %"]
     with log.open("a") as file:
-        file.write("checkpoint shards:  50% Completed\r")
-    assert follower.new_stage() == "loading weights, 50 %"
+        for part in (50, 75, 75):
+            file.write(f"checkpoint shards:  {part}% Completed\rLoading safetensors ")
+    assert follower.new_stages() == ["loading weights, 50 %", "loading weights, 75 %"]

@@ -45,26 +45,26 @@ class LogFollower:
         #: When the log last gained something (`time.monotonic()`).
         self.grown = time.monotonic()
 
-    def new_stage(self) -> str | None:
-        """The words of the latest stage seen, if they are new."""
+    def new_stages(self) -> list[str]:
+        """The words of the stages that came since the last look, in order, repetitions left out."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset)
                 fresh = file.read()
         except FileNotFoundError:
-            return None
+            return []
         self._offset += len(fresh)
         if fresh:
             self.grown = time.monotonic()
         # Progress bars rewrite their line with carriage returns.
         *whole, self._rest = re.split(rb"[\r\n]", self._rest + fresh)
-        stage = self._stage
+        found = []
         for line in whole:
-            stage = self._words(line.decode("utf-8", "replace")) or stage
-        if stage == self._stage:
-            return None
-        self._stage = stage
-        return stage
+            stage = self._words(line.decode("utf-8", "replace"))
+            if stage and stage != self._stage:
+                self._stage = stage
+                found.append(stage)
+        return found
 
     def _words(self, line: str) -> str | None:
         for pattern, words in self._stages:

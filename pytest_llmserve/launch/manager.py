@@ -391,7 +391,7 @@ class ServerManager:
             poll.register(guard_fd, select.POLLIN)
             while True:
                 poll.poll(_LOOK * 1000)
-                if stage := follower.new_stage():
+                for stage in follower.new_stages():
                     progress(stage)
                 status = _read_json(slot.status)
                 if status.get("state") in ("ending", "ended") or launch.guard.poll() is not None:
@@ -399,6 +399,8 @@ class ServerManager:
                 if ask(endpoint, engine.health, timeout=2).status == 200 and _is_ours(
                     status, launch.port, config
                 ):
+                    for stage in follower.new_stages():
+                        progress(stage)
                     return None
                 if late := _late(config, begin, follower.grown):
                     _terminate(_read_json(slot.status))

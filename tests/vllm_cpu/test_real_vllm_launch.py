@@ -186,10 +186,11 @@ def test_wrong_flag(config, tmp_path):
     assert "does not know the argument --no-such-flag" in told
 
 
-def test_model_that_is_nowhere(config, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    told = failure(changed(config, model="nobody/nothing"), tmp_path)
-    assert "the model is not in the local cache" in told
+def test_folder_without_a_model(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    told = failure(changed(config, model=str(tmp_path / "empty")), tmp_path)
+    assert "the model is neither a directory here nor a name on the Hugging Face hub" in told
+    assert "Invalid repository ID or local directory" in told
 
 
 def test_stop_leaves_no_process(manager, config):
