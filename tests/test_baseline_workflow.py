@@ -322,7 +322,7 @@ def test_a_stored_run_can_redraw_its_distributions():
     assert entry_of(make()).sketch == {}
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(1e-4, 1e4), min_size=1, max_size=300), st.floats(1e-4, 1e4))
 def test_a_sketch_redraws_the_cdf(values, at):
     points = sketch(values)
@@ -335,6 +335,14 @@ def test_a_sketch_redraws_the_cdf(values, at):
     )
     slack = 1 / (POINTS - 1) + 1 / max(1, len(values) - 1)
     assert below - slack - 1e-9 <= share <= above + slack + 1e-9
+
+
+def test_a_jump_of_the_cdf_stays_a_jump():
+    points = sketch([1.0, 8157.0, 8157.0])
+    assert cdf(points, [0.5, 8156.0, 8157.0, 9000.0]) == pytest.approx(
+        [0.0, 0.5, 1.0, 1.0], abs=0.01
+    )
+    assert cdf(sketch([3.0]), [2.9, 3.0]) == pytest.approx([0.0, 1.0])
 
 
 def test_a_sketch_of_nothing_is_nothing():

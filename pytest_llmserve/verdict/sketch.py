@@ -53,8 +53,11 @@ def cdf(quantiles: Sequence[float], at: npt.ArrayLike) -> npt.NDArray[np.float64
     import numpy as np
 
     points = np.asarray(quantiles, dtype=np.float64)
-    shares = np.linspace(0, 1, points.size)
-    # Of equal quantiles the highest share counts: a CDF is continuous from the right.
-    values, first = np.unique(points[::-1], return_index=True)
     places = np.asarray(at, dtype=np.float64)
-    return np.interp(places, values, shares[::-1][first], left=0.0, right=1.0)
+    # The last point at or below: of equal quantiles the highest share counts.
+    left = np.searchsorted(points, places, side="right") - 1
+    low = np.clip(left, 0, points.size - 2)
+    width = points[low + 1] - points[low]
+    part = (places - points[low]) / np.where(width > 0, width, 1.0)
+    share = (low + np.clip(part, 0.0, 1.0)) / (points.size - 1)
+    return np.where(left < 0, 0.0, np.where(left >= points.size - 1, 1.0, share))
