@@ -32,6 +32,7 @@ manager = ServerManager(Path({run!r}), os.getpid())
 config = fake_config(Path({pids!r}), args={args!r}, stop_timeout={stop_timeout!r})
 server = manager.get(config, fake_engine(), lambda _: None)
 print(server.endpoint, flush=True)
+sys.stdin.readline()  # until the test has seen all processes
 {then}
 """
 
@@ -62,11 +63,15 @@ def owned(tmp_path, pids):
             stop_timeout=stop_timeout,
             then=then,
         )
-        owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        owner = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         owners.append(owner)
         port = int(owner.stdout.readline().rpartition(":")[2])
         assert soon(lambda: len(pids_in(pids)) == workers + 1)
         assert living(pids_in(pids)) == pids_in(pids)
+        owner.stdin.write("\n")
+        owner.stdin.flush()
         return owner, port
 
     yield start
