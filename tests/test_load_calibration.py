@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from pytest_llmserve.emulator.truth import read_truth
 from pytest_llmserve.errors import LoadError
 from pytest_llmserve.load import calibration
 from pytest_llmserve.load.calibration import calibrate, compare, errors, exact_server
@@ -44,8 +45,12 @@ def test_the_clients_times_lie_where_the_servers_log_has_them(tmp_path):
     assert len(found.itl) == 9 * len(record.phase)
     # TTFT holds the way to the server; nothing can arrive before it left.
     assert (found.ttft > 0).all()
-    # A stamp is inside `send`: half of all gaps are right to a fraction of the gap at least.
-    assert np.median(np.abs(found.itl)) < 0.001
+    if record.info.timestamps == "kernel":
+        # The kernel stamps a packet while the server is in `send`, however slow either side is.
+        sends = sorted((e.before, e.after) for e in read_truth(log) if e.token)
+        place = np.searchsorted([before for before, _ in sends], record.event_time + 5e-6) - 1
+        after = np.array([after for _, after in sends])[place]
+        assert (record.event_time <= after + 5e-6).mean() > 0.95
 
 
 def test_calibration_is_measured_once_for_a_machine(tmp_path, monkeypatch):
