@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pytest_llmserve.commands import plan, serve
 from pytest_llmserve.errors import ConfigError, LoadError, ServerError
 
 
@@ -19,7 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_compare(commands)
     _add_calibrate(commands)
-    options = parser.parse_args(arguments)
+    plan.add_parser(commands)
+    serve.add_parser(commands)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not getattr(options, "passes_on", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     try:
         status: int = options.run(options)
     except (ConfigError, ServerError, LoadError) as error:

@@ -43,9 +43,10 @@ def load_hardware(name: str) -> Hardware:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(wrong).split())})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: it must be a mapping like the shipped hardware files")
-    wanted = {f.name for f in fields(Hardware)} - {"name"}
-    for key in sorted(wanted ^ set(data)):
-        what = "is missing" if key in wanted else f"is not known; the keys are {sorted(wanted)}"
+    keys = {f.name for f in fields(Hardware)} - {"name", "devices"}
+    wanted = keys - {"link_bandwidth", "link_latency"}
+    for key in sorted((wanted - set(data)) | (set(data) - keys)):
+        what = "is missing" if key in wanted else f"is not known; the keys are {sorted(keys)}"
         raise ConfigError(f"{path}: the key {key!r} {what}")
     return Hardware(name=path.stem, **_checked(data, path))
 
@@ -54,12 +55,15 @@ def _checked(data: dict[str, Any], path: Path) -> dict[str, Any]:
     flops = data["flops"]
     if not (isinstance(flops, dict) and "bf16" in flops):
         raise ConfigError(f"{path}: 'flops' must map precisions to FLOP/s and name at least bf16")
-    numbers = {k: v for k, v in data.items() if k not in ("title", "source", "flops", "overhead")}
+    others = ("title", "source", "flops", "overhead", "link_latency")
+    numbers = {k: v for k, v in data.items() if k not in others}
     for key, value in [*numbers.items(), *((f"flops.{k}", v) for k, v in flops.items())]:
         if not (isinstance(value, (int, float)) and value > 0):
             raise ConfigError(f"{path}: {key!r} must be a positive number, not {value!r}")
-    if not (isinstance(data["overhead"], (int, float)) and data["overhead"] >= 0):
-        raise ConfigError(f"{path}: 'overhead' must be a number of seconds, not negative")
+    for key in ("overhead", "link_latency"):
+        value = data.get(key, 0)
+        if not (isinstance(value, (int, float)) and value >= 0):
+            raise ConfigError(f"{path}: {key!r} must be a number of seconds, not negative")
     return data
 
 

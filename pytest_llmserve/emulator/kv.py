@@ -22,7 +22,7 @@ class BlockPool:
     def __init__(self, count: int, size: int, *, prefix_caching: bool = True) -> None:
         self.count = count
         self.size = size
-        self._caching = prefix_caching
+        self.prefix_caching = prefix_caching
         self._references = [0] * count
         self._hash: list[int | None] = [None] * count
         self._cached: dict[int, int] = {}
@@ -82,7 +82,7 @@ class BlockPool:
 
     def register(self, block: int, value: int) -> None:
         """Say that a held block is full and carries this prefix. The first block to say so wins."""
-        if self._caching and value not in self._cached and self._hash[block] is None:
+        if self.prefix_caching and value not in self._cached and self._hash[block] is None:
             self._cached[value] = block
             self._hash[block] = value
 

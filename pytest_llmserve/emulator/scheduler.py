@@ -175,7 +175,8 @@ class Scheduler:
                 continue
             first = sequence.made
             sequence.computed = work.context + work.tokens - work.drafts + work.makes - 1
-            sequence.known.extend(sequence.token(first + i) for i in range(work.makes))
+            for i in range(first, first + work.makes):
+                sequence.known.append(sequence.token(i))
             self._register(sequence)
             sequence.done = sequence.remaining == 0
             if sequence.done:
@@ -244,6 +245,8 @@ class Scheduler:
         self._forming = budget == 0
 
     def _find(self, sequence: Sequence) -> list[int]:
+        if not self.pool.prefix_caching:
+            return []
         # At least one token must be computed, because the next comes out of its logits.
         usable = (len(sequence.known) - 1) // self.pool.size
         self._hash(sequence, usable)
@@ -257,7 +260,7 @@ class Scheduler:
 
     def _register(self, sequence: Sequence) -> None:
         full = sequence.computed // self.pool.size
-        if full > sequence.registered:
+        if full > sequence.registered and self.pool.prefix_caching:
             self._hash(sequence, full)
             for i in range(sequence.registered, full):
                 self.pool.register(sequence.blocks[i], sequence.hashes[i])

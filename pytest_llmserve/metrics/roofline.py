@@ -11,7 +11,7 @@ Units: bytes, seconds, FLOPs (a multiply and an add are two), and rates of them 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pytest_llmserve.errors import ConfigError
@@ -105,6 +105,9 @@ class Hardware:
     precision that is not named runs at the BF16 rate, as weight-only kernels do). The
     efficiencies are the shares of bandwidth and peak that kernels reach, `overhead` the seconds a
     step takes beyond both, `source` where the figures are from.
+
+    `link_bandwidth` (bytes/s one way, 0: there is no link) and `link_latency` (seconds of one
+    all-reduce of few bytes) are those between two of the kind, `devices` how many work as one.
     """
 
     name: str
@@ -117,9 +120,28 @@ class Hardware:
     overhead: float
     memory_utilization: float
     source: str
+    link_bandwidth: float = 0.0
+    link_latency: float = 0.0
+    devices: int = 1
 
     def peak(self, weights: str) -> float:
         return self.flops.get(weights, self.flops["bf16"])
+
+    def joined(self, count: int) -> Hardware:
+        """`count` of this machine as one by tensor parallelism: each holds and reads its share.
+
+        Raises ValueError if it has no link, or is joined already.
+        """
+        if count < 1 or self.devices > 1 or (count > 1 and not self.link_bandwidth):
+            raise ValueError(f"{self.title} cannot be joined to {count}")
+        return replace(
+            self,
+            title=self.title if count == 1 else f"{count} × {self.title}",
+            memory=count * self.memory,
+            bandwidth=count * self.bandwidth,
+            flops={name: count * rate for name, rate in self.flops.items()},
+            devices=count,
+        )
 
 
 @dataclass(frozen=True)
@@ -141,18 +163,20 @@ class Batch:
 
     `tokens` go through the layers; for `sampled` of them logits are made; `kv_read` tokens of
     context are read from the KV cache; `attended` is the sum over tokens of the positions that
-    each attends to.
+    each attends to. Means over many steps need not be whole.
     """
 
-    tokens: int
-    sampled: int
-    kv_read: int
-    attended: int
+    tokens: float
+    sampled: float
+    kv_read: float
+    attended: float
 
     @classmethod
-    def decode(cls, sequences: int, context: int) -> Batch:
-        """One token for each of `sequences` with `context` tokens before it."""
-        return cls(sequences, sequences, sequences * context, sequences * context)
+    def decode(cls, sequences: float, context: float, drafts: float = 0.0) -> Batch:
+        """One token, and `drafts` speculated ones, for each of `sequences` with `context` tokens
+        before it."""
+        tokens, read = sequences * (1 + drafts), sequences * context
+        return cls(tokens, tokens, read, tokens * context)
 
 
 @dataclass(frozen=True)
@@ -201,6 +225,18 @@ def step_flops(shape: ModelShape, batch: Batch) -> float:
     return linear + head + attention
 
 
+def link_time(shape: ModelShape, hardware: Hardware, batch: Batch) -> float:
+    """Seconds a step spends on adding up the parts of joined devices.
+
+    Two all-reduces a layer, of a BF16 hidden state a token, in a ring.
+    """
+    count = hardware.devices
+    if count == 1:
+        return 0.0
+    size = batch.tokens * shape.hidden * 2.0 * 2 * (count - 1) / count
+    return 2 * shape.layers * (hardware.link_latency + size / hardware.link_bandwidth)
+
+
 def step_time(
     shape: ModelShape, hardware: Hardware, precision: Precision, batch: Batch
 ) -> StepTime:
@@ -210,23 +246,32 @@ def step_time(
         / (hardware.bandwidth * hardware.bandwidth_efficiency),
         compute=step_flops(shape, batch)
         / (hardware.peak(precision.weights) * hardware.compute_efficiency),
-        overhead=hardware.overhead,
+        overhead=hardware.overhead + link_time(shape, hardware, batch),
     )
 
 
 def decode_ceiling(
-    shape: ModelShape, hardware: Hardware, precision: Precision, sequences: int, context: float
+    shape: ModelShape, hardware: Hardware, precision: Precision, sequences: float, context: float
 ) -> float:
     """Output tokens/s that full bandwidth and full compute could feed, whichever binds.
 
     No efficiency and no overhead: a bound, not an expectation. `context` is the mean number of
     tokens before the one that is made.
     """
-    read = sequences * context
-    batch = Batch(sequences, sequences, round(read), round(read))
-    memory = step_bytes(shape, precision, batch) / hardware.bandwidth
-    compute = step_flops(shape, batch) / hardware.peak(precision.weights)
-    return sequences / max(memory, compute)
+    return (
+        sequences / full_speed(shape, hardware, precision, Batch.decode(sequences, context)).total
+    )
+
+
+def full_speed(
+    shape: ModelShape, hardware: Hardware, precision: Precision, batch: Batch
+) -> StepTime:
+    """What a step would take at full bandwidth and peak compute, with no overhead."""
+    return StepTime(
+        memory=step_bytes(shape, precision, batch) / hardware.bandwidth,
+        compute=step_flops(shape, batch) / hardware.peak(precision.weights),
+        overhead=0.0,
+    )
 
 
 def kv_capacity(shape: ModelShape, hardware: Hardware, precision: Precision) -> int:

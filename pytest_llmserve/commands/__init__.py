@@ -1,0 +1,1 @@
+"""Sub-commands of `llmserve`, one module each: `add_parser` and the work."""
