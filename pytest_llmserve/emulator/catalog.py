@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from pytest_llmserve.engines.models import normalise_model
 from pytest_llmserve.errors import ConfigError
 from pytest_llmserve.metrics.roofline import Hardware, ModelShape
 
@@ -70,13 +71,15 @@ def _checked(data: dict[str, Any], path: Path) -> dict[str, Any]:
 def load_model(name: str) -> ModelShape:
     """The shape of a shipped model, or of the `config.json` that the path `name` leads to.
 
-    A publisher's name finds its model too: `nvidia/Qwen3-8B-NVFP4` is `qwen3-8b`.
+    A publisher's name finds its model too (`nvidia/Qwen3-8B-NVFP4` is `qwen3-8b`), and so do other
+    spellings.
     Raises ConfigError for an unknown name and a config that is not a dense decoder's.
     """
     given = Path(name)
     path = given / "config.json" if given.is_dir() else given
     if not path.is_file():
-        short = name.rstrip("/").rsplit("/", 1)[-1].lower()
+        spelled, _ = normalise_model(name)  # "Qwen3 7B"
+        short = spelled.rstrip("/").rsplit("/", 1)[-1].lower()
         while (bare := _SUFFIX.sub("", short)) != short:
             short = bare
         path = _DATA / "models" / short / "config.json"
