@@ -8,6 +8,7 @@ phone even if something here failed to escape it.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -754,6 +755,7 @@ def _themes() -> str:
     )
 
 
+@functools.cache
 def _library() -> str:
     """Vega, Vega-Lite and Vega-Embed in one script."""
     import vl_convert

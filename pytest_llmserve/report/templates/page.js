@@ -36,7 +36,7 @@
     for (const layer of spec.layer)
       if (layer.encoding.x?.title === "(x)") layer.encoding.x.title = figure.x;
     const legend = { ...data.config.legend, ...(width < 440 && { columns: 2 }) };
-    spec.config = { ...data.config, legend, aria: false };
+    spec.config = { ...data.config, legend };
     return spec;
   };
 
@@ -45,7 +45,11 @@
       const figure = data.figures[element.dataset.figure];
       const timeline = element.closest(".timeline");
       const params = timeline ? state(timeline) : {};
-      drawn.set(element, vegaEmbed(element, whole(figure, params, element.clientWidth), {
+      // The element itself is an image with a label; what Vega says of its parts would only repeat
+      // that mark by mark.
+      const inside = element.appendChild(document.createElement("div"));
+      inside.ariaHidden = "true";
+      drawn.set(element, vegaEmbed(inside, whole(figure, params, element.clientWidth), {
         mode: "vega-lite", renderer: "svg", actions: false, ast: true, tooltip: { theme: "custom" },
         logLevel: 1,
       }).then((result) => {
@@ -153,7 +157,8 @@
       }
   }, { rootMargin: "400px" });
   charts.forEach((element) => watcher.observe(element));
-  const idle = window.requestIdleCallback ?? ((work) => setTimeout(work, 50));
+  const idle = (work) => window.requestIdleCallback
+    ? requestIdleCallback(work, { timeout: 300 }) : setTimeout(work, 50);
   const rest = () => {
     const next = charts.find((element) => !drawn.has(element) && open(element));
     if (next) draw(next).then(() => idle(rest));
