@@ -5,18 +5,22 @@ No registry is asked. The image runs `python3 -m pytest_llmserve.emulator` or an
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 import sysconfig
 import tarfile
+from collections.abc import Iterable
+from importlib.metadata import files, requires
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
-# What the emulated engine imports beside the standard library.
-PACKAGES = ("httptools", "msgspec", "prometheus_client", "typing_extensions", "yaml")
+# What the emulated engine imports beside the standard library, by the names it is installed under.
+DISTRIBUTIONS = ("httptools", "msgspec", "prometheus-client", "pyyaml")
 _LEFT_OUT = re.compile(r"/(site-packages|test|tests|__pycache__|idlelib|tkinter|ensurepip)(/|$)")
 
 
@@ -24,7 +28,7 @@ def write_rootfs(path: Path) -> None:
     """Write a tar of a root file system with this Python as /usr/bin/python3."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     python = Path(sys.executable).resolve()
-    packages = [_location(name) for name in PACKAGES]
+    packages = [package for name in _closure(DISTRIBUTIONS) for package in _locations(name)]
     extensions = [*stdlib.glob("lib-dynload/*.so")]
     for package in packages:
         extensions += package.rglob("*.so") if package.is_dir() else ()
@@ -47,12 +51,30 @@ def write_rootfs(path: Path) -> None:
             tar.addfile(entry)
 
 
-def _location(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    assert spec is not None, name
-    assert spec.origin is not None, name
-    origin = Path(spec.origin)
-    return origin.parent if origin.name == "__init__.py" else origin
+def _closure(names: Iterable[str]) -> list[str]:
+    """These distributions and what this Python's installations of them require."""
+    found: list[str] = []
+    todo = list(names)
+    while todo:
+        name = canonicalize_name(todo.pop())
+        if name in found:
+            continue
+        found.append(name)
+        for requirement in map(Requirement, requires(name) or ()):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                todo.append(requirement.name)
+    return sorted(found)
+
+
+def _locations(name: str) -> set[Path]:
+    """The packages, modules and extensions that a distribution puts beside each other."""
+    at_top = {
+        Path(file.locate()).parents[len(file.parts) - 2] if len(file.parts) > 1 else file.locate()
+        for file in files(name) or ()
+        if file.suffix in (".py", ".so")
+    }
+    assert at_top, name
+    return {Path(path) for path in at_top}
 
 
 def _needs(binary: Path) -> list[Path]:

@@ -60,7 +60,7 @@ def fake_config(pids: Path, **changes: Any) -> ServerConfig:
         "runner": ProcessRunner(executable=sys.executable),
         "gpus": 0,
         "ready_timeout": 20.0,
-        "stop_timeout": 2.0,
+        "stop_timeout": 0.3,  # its workers ignore SIGTERM and use all of it
     }
     return ServerConfig(**settings | changes)
 

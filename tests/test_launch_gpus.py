@@ -120,8 +120,8 @@ def test_another_run_is_waited_for(manager, pids, tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(ServerError, match=r"other test runs held the GPUs for 1\.5 s"):
-            start(manager, pids, "late", ready_timeout=1.5)
+        with pytest.raises(ServerError, match=r"other test runs held the GPUs for 0\.5 s"):
+            start(manager, pids, "late", ready_timeout=0.5)
         told = []
 
         def end_the_other(stage):

@@ -145,19 +145,19 @@ def test_wrong_argument_is_named(manager, pids):
 
 
 def test_time_out_ends_the_tree_and_says_so(manager, pids):
-    config = fake_config(pids, args={"never-ready": True, "workers": 2}, ready_timeout=1.5)
-    with pytest.raises(ServerError, match=r"not ready after 1.5 s \(ready_timeout\)"):
+    config = fake_config(pids, args={"never-ready": True, "workers": 2}, ready_timeout=0.8)
+    with pytest.raises(ServerError, match=r"not ready after 0.8 s \(ready_timeout\)"):
         manager.get(config, fake_engine(), lambda _: None)
     assert not living(pids_in(pids))
 
 
 def test_server_that_falls_silent_is_given_up_before_the_time_out(manager, pids):
     say = ["Loading weights: 10%"]
-    changes = {"ready_timeout": 60.0, "stall_timeout": 1.0}
+    changes = {"ready_timeout": 60.0, "stall_timeout": 0.7}
     config = fake_config(pids, args={"say": say, "load-time": 600}, **changes)
     with pytest.raises(ServerError) as failure:
         manager.get(config, fake_engine(), lambda _: None)
-    assert "its log said nothing new for 1 s (stall_timeout)" in str(failure.value)
+    assert "its log said nothing new for 0.7 s (stall_timeout)" in str(failure.value)
     assert "Loading weights: 10%" in str(failure.value)
     assert not living(pids_in(pids))
 

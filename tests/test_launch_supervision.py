@@ -138,7 +138,7 @@ def test_sigkill_of_both_supervisors_is_mended_by_the_marker(manager, pids):
 
 
 def test_sigkill_of_the_server_takes_its_workers(owned, pids, tmp_path):
-    _, port = owned()
+    _, port = owned(stop_timeout=0.3)
     (server,) = [
         pid for pid in pids_in(pids) if os.getpgid(pid) == pid and _parent(pid) == keeper(tmp_path)
     ]
@@ -156,11 +156,11 @@ def _parent(pid):
 
 
 def test_server_that_ignores_sigterm_is_killed_after_its_time(manager, pids):
-    config = fake_config(pids, args={"ignore-term": True, "workers": 2}, stop_timeout=1.0)
+    config = fake_config(pids, args={"ignore-term": True, "workers": 2}, stop_timeout=0.5)
     manager.get(config, fake_engine(), lambda _: None)
     begin = time.monotonic()
     manager.stop_all()
-    assert time.monotonic() - begin >= 1.0, "it was given its time"
+    assert time.monotonic() - begin >= 0.5, "it was given its time"
     assert not living(pids_in(pids))
 
 
@@ -168,7 +168,9 @@ def test_fork_bomb_of_workers(manager, pids):
     server = manager.get(fake_config(pids, args={"worker-bomb": True}), fake_engine(), print)
     status = json.loads((Path(server.log).parent / "status.json").read_text())
     assert soon(lambda: len(supervisor.descendants(status["guard"])) > 5)
-    sessions = {os.getsid(pid) for pid in supervisor.descendants(status["keeper"])}
+    # A process of the bomb may have ended when it is asked for its session; its successor has it.
+    sessions = {_session(pid) for pid in supervisor.descendants(status["keeper"])} - {None}
+    assert sessions
     manager.stop_all()
     assert not living({status["guard"], status["keeper"]})
     left = [pid for pid in map(int, _numbers()) if _session(pid) in sessions]
@@ -207,7 +209,8 @@ def test_orderly_stop_lets_the_server_finish(manager, tmp_path):
         version=lambda fetch: "",
         effective=lambda fetch: {},
     )
-    server = manager.get(fake_config(tmp_path / "none"), engine, lambda _: None)
+    config = fake_config(tmp_path / "none", stop_timeout=20.0)
+    server = manager.get(config, engine, lambda _: None)
     manager.stop_all()
     assert (tmp_path / "tidied").exists()
     status = json.loads((Path(server.log).parent / "status.json").read_text())

@@ -42,7 +42,8 @@ if TYPE_CHECKING:  # typing is not worth its import time here
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
-# Seconds. After the server has left by itself its workers get this long to follow it.
+# Seconds. After the server has left its workers get this long to follow it, or its stop_timeout
+# if that is shorter.
 _LINGER = 2.0
 # When the owner was killed nobody waits for an orderly end any more.
 _OWNER_GONE = 2.0
@@ -137,7 +138,8 @@ def _keep(spec: Spec, libc: ctypes.CDLL, guard: int, guard_fd: int) -> int:
     if reason != "exited":
         _signal(server, signal.SIGTERM)
         _wait(server, spec["stop_timeout"] if reason == "stopped" else _OWNER_GONE, ended)
-    _wait_for_all(_LINGER if reason in ("exited", "stopped") else 0.0, ended)
+    linger = min(_LINGER, spec["stop_timeout"]) if reason in ("exited", "stopped") else 0.0
+    _wait_for_all(linger, ended)
     left = kill_descendants(ended)
     facts |= {"left": left, **_how(ended.get(server))}
     _write(spec["status"], state="ended", **facts)
