@@ -3,10 +3,11 @@
     python benchmarks/emulator/fidelity.py
 
 Every prediction is made with the shipped hardware file, whose efficiencies are the same for all
-rows; nothing is fitted to a row. Rows marked † are those whose range of bandwidth efficiency
-(0.61 to 0.87) suggested the file's 0.70, so they are no validation of it, and the median is taken
-over the others. Rows marked ‡ are of an 8B model whose config was not at hand: its shape is taken
-to be that of Qwen3-8B.
+rows; nothing is fitted to a row. Where a source does not tell the lengths, 128 tokens in and out
+are taken, which matter little for one user. Rows marked † are those whose range of bandwidth
+efficiency (0.61 to 0.87) suggested the file's 0.70, so they are no validation of it, and the
+median is taken over the others. Rows marked ‡ are of an 8B model whose config was not at hand: its
+shape is taken to be that of Qwen3-8B.
 """
 
 from __future__ import annotations
@@ -31,6 +32,17 @@ QWEN25_7B = ModelShape.from_config(
         "vocab_size": 152_064,
     },
     "Qwen2.5-7B",
+)
+LLAMA_70B = ModelShape.from_config(
+    {
+        "num_hidden_layers": 80,
+        "hidden_size": 8192,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28_672,
+        "vocab_size": 128_256,
+    },
+    "Llama-3.3-70B",
 )
 
 
@@ -57,6 +69,9 @@ class Point:
 GGML = "llama.cpp, benches/dgx-spark.md (ggml-org/llama.cpp 4c7e989)"
 DJANGO = "vLLM, djangodevreng/dgx-spark-benchmarks"
 NOTES = "manavsehgal/ai-field-notes"
+BUILDER = "AI-Daily-Builder, 13 models on a DGX Spark, 2026-05-24"
+LYB = "vLLM, lyb.re, 2026-03-10"
+PLAYBOOKS = "vLLM, NVIDIA/dgx-spark-playbooks#79 (4.0 to 4.2)"
 QWEN3_8B, LLAMA_8B = load_model("qwen3-8b"), load_model("llama-3.1-8b")
 
 # S_TG of Qwen2.5-Coder-7B in Q8_0: context → batch → tokens/s. Q8_0 has 8.5 bits a weight, head
@@ -77,6 +92,11 @@ POINTS = (
     Point(DJANGO, QWEN3_8B, "bf16", "bf16", 1, 128, 128, "output_throughput", 12.6, "‡"),
     Point(DJANGO, QWEN3_8B, "bf16", "bf16", 25, 4096, 500, "output_throughput", 136, "‡"),
     Point(DJANGO, QWEN3_8B, "fp8", "bf16", 25, 4096, 500, "output_throughput", 208, "‡"),
+    Point(LYB, QWEN3_8B, "bf16", "bf16", 1, 128, 128, "output_throughput", 13.1),
+    Point(LYB, load_model("qwen3-32b"), "bf16", "bf16", 1, 128, 128, "output_throughput", 3.7),
+    Point(PLAYBOOKS, LLAMA_70B, "nvfp4", "bf16", 1, 128, 1024, "output_throughput", 4.1),
+    Point(f"SGLang, {BUILDER}", LLAMA_8B, "fp8", "bf16", 1, 2048, 128, "decode", 20.5),
+    Point(f"TensorRT-LLM, {BUILDER}", LLAMA_8B, "nvfp4", "fp8", 1, 2048, 128, "decode", 38.65),
     Point(f"vLLM, {NOTES}", LLAMA_8B, "fp8", "bf16", 1, 128, 128, "output_throughput", 22.1),
     Point(f"TensorRT-LLM, {NOTES}", LLAMA_8B, "nvfp4", "fp8", 1, 128, 128,
           "output_throughput", 38.8),

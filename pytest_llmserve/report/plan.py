@@ -257,8 +257,8 @@ def _chart(plan: Plan) -> dict[str, Any]:
     latency = {
         "width": 420, "height": 160,
         "layer": [
-            {"data": {"values": times}, "mark": {"type": "line", "point": True,
-             "color": "#d55e00"}, "encoding": {"x": x, "y": {
+            {"data": {"values": times}, "mark": {"type": "line", "color": "#d55e00",
+             "point": {"color": "#d55e00"}}, "encoding": {"x": x, "y": {
                  "field": "ttft", "type": "quantitative", "title": "TTFT p95, s"}}},
             here,
             *_bound(plan, ("ttft.p95",)),
