@@ -1,4 +1,5 @@
-"""The fixtures: `llm_server`, `load`, `slo`, `baseline`. To make more of them: `factories`.
+"""The fixtures `llm_server`, `load` and `slo`; to make more of them: `factories`. Those that compare
+runs are in `comparing`.
 
 Each is a small callable object over the session and the test's own list of runs; nothing here
 imports more than pytest until it is used.
@@ -6,10 +7,9 @@ imports more than pytest until it is used.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, NoReturn
 
 import pytest
 
@@ -19,16 +19,19 @@ from pytest_llmserve.run import Run, Verdict
 
 if TYPE_CHECKING:
     from pytest_llmserve.load.plan import ClosedLoop, LoadPlan, OpenLoop
-    from pytest_llmserve.servers import Server
+    from pytest_llmserve.servers import Server, ServerConfig
     from pytest_llmserve.session import Session
     from pytest_llmserve.verdict.slo import Objective
 
 MARKER = "llmserve"
+CALIBRATE = "llmserve_calibrate"
+#: Runs of each load in a test that calibrates, unless its marker says otherwise.
+CALIBRATION_RUNS = 10
 
 
-def stop_test(error: Exception) -> None:
-    """Fail the test with the error's one sentence and no traceback."""
-    pytest.fail(str(error), pytrace=False)
+def stop_test(error: Exception) -> NoReturn:
+    """Fail the test with the error's one sentence: no traceback, and not a word of its context."""
+    raise pytest.fail.Exception(str(error), pytrace=False) from None
 
 
 def serve(request: pytest.FixtureRequest, arguments: Mapping[str, Any], where: str) -> Server:
@@ -37,23 +40,25 @@ def serve(request: pytest.FixtureRequest, arguments: Mapping[str, Any], where: s
     from pytest_llmserve.resolve import resolve
 
     session = session_of(request.config)
-    reporter = _progress(request.config)
     try:
-        config = resolve(session.settings, arguments, where).config
-        with reporter(f"starting {config.name}") as stage:
+        found = resolve(session.settings, arguments, where)
+    except ConfigError as error:
+        stop_test(error)
+    return _running(session, found.config, request.config)
+
+
+def _running(session: Session, config: ServerConfig, pytest_config: pytest.Config) -> Server:
+    """The server for a config, started if it does not run; ends the test if it cannot be had."""
+    from pytest_llmserve.report.progress import live
+
+    try:
+        with live(pytest_config, f"starting {config.name}") as stage:
             return session.serve(config, stage)
     except ServerError as error:
         session.kept = True
         stop_test(error)
     except ConfigError as error:
         stop_test(error)
-    raise AssertionError  # stop_test never returns
-
-
-def _progress(config: pytest.Config) -> Any:
-    from pytest_llmserve.report.progress import live
-
-    return lambda title: live(config, title)
 
 
 def marker_arguments(item: pytest.Item) -> Mapping[str, Any]:
@@ -79,6 +84,23 @@ def check_capstone(item: pytest.Item) -> None:
         )
 
 
+def calibration_runs(item: pytest.Item) -> int | None:
+    """How often the test's `llmserve_calibrate` marker has each load measured; None without one.
+
+    Raises ConfigError for arguments that cannot be right.
+    """
+    marker = item.get_closest_marker(CALIBRATE)
+    if marker is None:
+        return None
+    where = f"{item.nodeid}: @pytest.mark.{CALIBRATE}"
+    if marker.args or set(marker.kwargs) - {"runs"}:
+        raise ConfigError(f"{where} takes runs= and nothing else, such as runs={CALIBRATION_RUNS}")
+    runs = marker.kwargs.get("runs", CALIBRATION_RUNS)
+    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 3:
+        raise ConfigError(f"{where}: runs={runs!r} must be a whole number from 3 up, best 10")
+    return runs
+
+
 @pytest.fixture
 def llm_server(request: pytest.FixtureRequest) -> Generator[Server, None, None]:
     """The server that the options and the test's `llmserve` marker name: started once per effective
@@ -96,12 +118,14 @@ def llm_server(request: pytest.FixtureRequest) -> Generator[Server, None, None]:
 
 @dataclass(frozen=True)
 class Load:
-    """`load(arrivals, duration=…)`: drive a load against the server and measure it."""
+    """`load(arrivals, duration=…)`: drive a load against the server and measure it, `runs` times
+    in a test that calibrates."""
 
     server: Server
     session: Session
     record: TestRecord
     config: pytest.Config
+    runs: int = 1
 
     def __call__(
         self,
@@ -124,7 +148,7 @@ class Load:
         `warmup` requests go ahead unmeasured (None: one for each user). `allow_errors` is the
         share of requests that may fail in a valid run. `seed` repeats an earlier run's requests;
         without one the prompts are new. A run that is no measurement (`Run.valid` is false) makes
-        the test an error, whatever it asserts.
+        the test an error, whatever it asserts. A test that calibrates gets the first of the runs.
         """
         from pytest_llmserve.load.plan import ClosedLoop, LoadPlan, Workload
         from pytest_llmserve.measurement import fresh_seed
@@ -143,7 +167,10 @@ class Load:
             )
         except ValueError as error:
             stop_test(error)
-        return self.again(plan, allow_errors=allow_errors)
+        run = self.again(plan, allow_errors=allow_errors)
+        for _ in range(1, self.runs):
+            self.again(replace(plan, seed=fresh_seed()), allow_errors=allow_errors)
+        return run
 
     def again(self, plan: LoadPlan, *, allow_errors: float = 0.0) -> Run:
         """Measure a plan as it stands; with another seed it is an independent repeat."""
@@ -165,8 +192,13 @@ class Load:
         except LoadError as error:
             reason = self.session.manager.exit_reason(self.server)
             stop_test(LoadError(f"{error} {reason}") if reason else error)
-        self.record.measured.append(Measured(run, str(path), validate))
+        self.record.measured.append(Measured(run, str(path), validate, allow_errors))
         return run
+
+    def present(self) -> Load:
+        """The same load on a server that runs: one that had to make room on the GPU for another
+        is started again."""
+        return replace(self, server=_running(self.session, self.server.config, self.config))
 
 
 @pytest.fixture
@@ -178,7 +210,14 @@ def load(request: pytest.FixtureRequest, llm_server: Server) -> Load:
 def make_load(request: pytest.FixtureRequest, server: Server) -> Load:
     from pytest_llmserve.plugin import session_of
 
-    return Load(server, session_of(request.config), test_record(request.node), request.config)
+    record = test_record(request.node)
+    try:
+        runs = calibration_runs(request.node)
+    except ConfigError as error:
+        stop_test(error)
+    if runs is not None and record.calibrated is None:
+        record.calibrated = {}
+    return Load(server, session_of(request.config), record, request.config, runs or 1)
 
 
 @dataclass(frozen=True)
@@ -209,62 +248,3 @@ class SLO:
 def slo(request: pytest.FixtureRequest) -> SLO:
     """Judges runs by service level objectives."""
     return SLO(test_record(request.node))
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """`baseline.check(run)`: compare with the stored runs of this test on this hardware."""
-
-    session: Session
-    record: TestRecord
-    request: pytest.FixtureRequest
-
-    def check(self, run: Run, metrics: Sequence[str] | None = None) -> tuple[Verdict, ...]:
-        """Judge a run by its baseline; store it if `--llmserve-update-baselines` asks for it.
-
-        `metrics` are dotted names (None: throughput, TTFT p95 and TPOT p50). A run that seems to
-        regress is measured once more before it counts. Outcomes as for `SLO.check`.
-        """
-        from pytest_llmserve.verdict import baseline
-        from pytest_llmserve.verdict.validity import DELAY_SHARE
-
-        settings = self.session.settings
-        try:
-            measured = self.record.of(run)
-            tracked = baseline.TRACKED if metrics is None else map(baseline.tracked, metrics)
-            # A comparison asserts no more than changes as large as a floor: being late by half
-            # of that is what the client may do here.
-            latencies = {
-                t.metric: run[t.metric] * t.floor / 2 / DELAY_SHARE
-                for t in tracked
-                if t.better == "lower"
-            }
-            checked = baseline.check(
-                self.record.bind(run, latencies),
-                settings.baselines,
-                metrics=metrics,
-                rerun=lambda: self._rerun(run),
-                mode=settings.update_baselines,
-                reason=settings.reason,
-                others=measured.verdicts,
-            )
-        except ConfigError as error:
-            stop_test(error)
-        measured.verdicts.extend(checked.verdicts)
-        measured.compared = checked
-        self.record.stop_if_bad(checked.verdicts)
-        return checked.verdicts
-
-    def _rerun(self, run: Run) -> Run:
-        from pytest_llmserve.measurement import fresh_seed
-
-        load = make_load(self.request, run.server)
-        return load.again(dataclasses.replace(run.plan, seed=fresh_seed()))
-
-
-@pytest.fixture
-def baseline(request: pytest.FixtureRequest) -> Baseline:
-    """Compares runs with stored baselines."""
-    from pytest_llmserve.plugin import session_of
-
-    return Baseline(session_of(request.config), test_record(request.node), request)

@@ -20,6 +20,7 @@ def _clear(result: pytest.RunResult, *sentences: str) -> None:
     text = result.stdout.str() + result.stderr.str()
     assert "Traceback" not in text
     assert "INTERNALERROR" not in text
+    assert "During handling" not in text
     assert "fixtures.py" not in text
     for sentence in sentences:
         assert sentence in text
