@@ -19,6 +19,23 @@ ROOT = Path(__file__).parent.parent
     [
         (["schedule_error.py", "--users", "3", "--rate", "100", "--seconds", "0.3"], 8, 3),
         (["fidelity.py"], 9, 22),
+        (
+            [
+                "plan_table.py",
+                "--hardware",
+                "l4",
+                "dgx-spark",
+                "--users",
+                "3",
+                "5",
+                "--model",
+                "qwen3-32b",
+                "--output-tokens",
+                "8",
+            ],
+            10,
+            11,
+        ),
     ],
 )
 def test_a_benchmark_prints_its_table(command: list[str], columns: int, rows: int) -> None:
