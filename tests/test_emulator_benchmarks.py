@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
                 "8",
             ],
             10,
-            11,
+            10,
         ),
     ],
 )

@@ -74,7 +74,7 @@ def rows(case: Case, users: list[int]) -> Iterator[tuple[str, ...]]:
 
 
 def _from(found: UserRange) -> str:
-    return "never" if found.least is None else f"{found.least:,} users"
+    return "none" if found.least is None else f"{found.least:,} users"
 
 
 if __name__ == "__main__":
