@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,7 +83,7 @@ def drive(
                     "headers": dict(target.headers),
                     "body": dict(target.body),
                 },
-                "prompts": asdict(prompts),
+                "prompts": prompts.as_dict(),
                 "shard": [number, shards],
                 "record": str(path),
             }

@@ -11,11 +11,9 @@ from urllib.parse import urlsplit
 from pytest_llmserve.errors import LoadError
 from pytest_llmserve.load.files import read_samples, read_trace
 from pytest_llmserve.load.plan import Trace
-from pytest_llmserve.load.tokens import WORDS
+from pytest_llmserve.load.tokens import HEAD, Texts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pytest_llmserve.load.files import Sample
     from pytest_llmserve.load.plan import Lengths, LoadPlan, Target
     from pytest_llmserve.load.tokens import Prompts
@@ -34,12 +32,18 @@ class Requests:
     """Makes requests: `make(phase, user, number)` gives the bytes and the wanted lengths."""
 
     def __init__(self, target: Target, plan: LoadPlan, prompts: Prompts) -> None:
-        self._plan, self._prompts = plan, prompts
+        self._plan = plan
         workload = plan.workload
         self._samples = read_samples(workload.dataset) if workload.dataset else []
         self._trace = read_trace(plan.arrivals.file) if isinstance(plan.arrivals, Trace) else []
-        self._texts: Sequence[str] = [str(i) for i in prompts.ids] or WORDS
         self._as_ids = bool(prompts.ids) and not self._samples
+        if prompts.ids:
+            self._texts = Texts([str(i) for i in prompts.ids], [1] * len(prompts.ids))
+            self._overhead = self._turn = 0
+        else:
+            self._texts = Texts(prompts.words, prompts.tokens)
+            self._overhead = prompts.overhead
+            self._turn = prompts.turn if workload.api == "chat" else 0
         body = {"model": target.model, "stream": workload.stream}
         if workload.stream:
             body["stream_options"] = {"include_usage": True}
@@ -107,36 +111,33 @@ class Requests:
     def _conversation(self, phase: int, place: int, turn: int, want: int) -> list[_Message]:
         """What is sent in this turn: all that was said before, and the new question."""
         workload, first = self._plan.workload, place - turn
-        opening = workload.prompt_tokens if turn else want
-        length = opening if self._as_ids else self._prompts.words(opening)
+        length = max(0, (workload.prompt_tokens if turn else want) - self._overhead)
         group = self._random(phase, _GROUP, first).randrange(workload.prefixes)
-        prefix = self._texts_of(phase, _PREFIX, group, min(workload.shared_prefix, length))
-        own = self._texts_of(phase, _PROMPT, first, length - len(prefix))
-        messages: list[_Message] = [("user", prefix + own)]
-        later, reply = self._without_overhead(workload.prompt_tokens, workload.output_tokens)
+        shared = min(workload.shared_prefix, length)
+        prefix = self._texts_of(phase, _PREFIX, group, shared)
+        messages: list[_Message] = [
+            ("user", prefix + self._texts_of(phase, _PROMPT, first, length - shared))
+        ]
+        # What a template puts between the turns is taken from the question, then the answer.
+        question = max(0, workload.prompt_tokens - self._turn)
+        reply = workload.prompt_tokens + workload.output_tokens - self._turn - question
         for at in range(first + 1, place + 1):
             messages.append(("assistant", self._texts_of(phase, _REPLY, at, reply)))
-            messages.append(("user", self._texts_of(phase, _PROMPT, at, later)))
+            messages.append(("user", self._texts_of(phase, _PROMPT, at, question)))
         return messages
 
-    def _without_overhead(self, *tokens: int) -> list[int]:
-        if self._as_ids:
-            return list(tokens)
-        return [max(1, round(count / self._prompts.per_word)) for count in tokens]
-
     def _content(self, messages: list[_Message]) -> str:
+        head = [] if self._samples else [HEAD]
         if self._plan.workload.api == "chat":
-            said = [{"role": role, "content": " ".join(texts)} for role, texts in messages]
+            said = [{"role": role, "content": " ".join(head + texts)} for role, texts in messages]
             return f'"messages":{json.dumps(said)}'
         texts = [text for _, message in messages for text in message]
-        return (
-            f'"prompt":[{",".join(texts)}]'
-            if self._as_ids
-            else (f'"prompt":{json.dumps(" ".join(texts))}')
-        )
+        if self._as_ids:
+            return f'"prompt":[{",".join(texts)}]'
+        return f'"prompt":{json.dumps(" ".join(head + texts))}'
 
-    def _texts_of(self, phase: int, purpose: int, place: int, count: int) -> list[str]:
-        return self._random(phase, purpose, place).choices(self._texts, k=count) if count else []
+    def _texts_of(self, phase: int, purpose: int, place: int, tokens: int) -> list[str]:
+        return self._texts.draw(tokens, self._random(phase, purpose, place)) if tokens > 0 else []
 
     def _random(self, phase: int, purpose: int, place: int) -> random.Random:
         return random.Random((self._plan.seed << 80 | place) << 4 | phase << 3 | purpose)

@@ -45,7 +45,7 @@ class Worker:
     def __init__(self, job: dict[str, Any]) -> None:
         self._plan = plan.plan_from_dict(job["plan"])
         target = plan.Target(**job["target"])
-        prompts = Prompts(**{**job["prompts"], "ids": tuple(job["prompts"]["ids"])})
+        prompts = Prompts.from_dict(job["prompts"])
         self._requests = Requests(target, self._plan, prompts)
         self._shard = Shard(*job["shard"])
         self._start: float | None = None
