@@ -10,6 +10,7 @@ import pydoc_data.topics
 import re
 from collections import Counter
 from functools import cache
+from itertools import pairwise
 
 _SPLIT = re.compile(r" ?[^\W\d_]+| ?\d+| ?[^\s\w]+|_+|\s+")
 
@@ -27,7 +28,7 @@ class BPE:
         for rank in range(merges):
             pairs: Counter[tuple[bytes, bytes]] = Counter()
             for word, count in words.items():
-                for pair in zip(word, word[1:], strict=False):
+                for pair in pairwise(word):
                     pairs[pair] += count
             best = max(pairs, key=lambda pair: (pairs[pair], pair))
             self._rank[best] = rank
@@ -42,7 +43,7 @@ class BPE:
     def _word(self, word: str) -> tuple[bytes, ...]:
         parts = tuple(bytes([b]) for b in word.encode())
         while len(parts) > 1:
-            pairs = [pair for pair in zip(parts, parts[1:], strict=False) if pair in self._rank]
+            pairs = [pair for pair in pairwise(parts) if pair in self._rank]
             if not pairs:
                 break
             parts = _merge(parts, min(pairs, key=self._rank.__getitem__))
