@@ -58,15 +58,33 @@ OPTIONS = (
         default="none",
     ),
     Option("reason", "why a worse baseline is accepted; stored with it", metavar="TEXT"),
+    Option(
+        "repeats",
+        "new runs that a comparison with a baseline rests on: a number (default: 1, and a second "
+        "if that one is suspicious), or auto: as many as the verdict needs",
+        metavar="N|auto",
+        default="1",
+    ),
     Option("strict", "inconclusive tests fail", default=False),
     Option("json", "write every run with metrics, validity and verdicts here", metavar="FILE"),
+    Option(
+        "benchmark-json",
+        "write throughput in the format of pytest-benchmark here, as seconds per output token",
+        metavar="FILE",
+    ),
+    Option("report", "write the HTML report here (needs the extra: report)", metavar="FILE"),
+    Option("markdown", "write the Markdown report here", metavar="FILE"),
 )
+
+#: Options without which a command that is proposed would measure something else.
+_DECIDING = ("engine", "endpoint", "api-key-env", "model", "server", "baselines")
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings of one pytest run. Paths are absolute; `server` is what the command line says,
-    which wins over markers, and `default_server` what the ini file says, which does not."""
+    which wins over markers, and `default_server` what the ini file says, which does not. `given`
+    are the options of the command line that decide what is measured and by which baselines."""
 
     rootdir: Path
     engine: str
@@ -79,8 +97,13 @@ class Settings:
     baselines: Path
     update_baselines: UpdateMode
     reason: str | None
+    repeats: int | Literal["auto"]
     strict: bool
     json: Path | None
+    benchmark_json: Path | None
+    report: Path | None
+    markdown: Path | None
+    given: tuple[str, ...]
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -110,9 +133,12 @@ def read_settings(config: pytest.Config) -> Settings:
     """
     root = config.rootpath
     given: dict[str, Any] = {}
+    deciding: list[str] = []
     for option in OPTIONS:
         value = config.getoption(option.flag.lstrip("-").replace("-", "_"))
         given[option.name] = config.getini(option.ini) if value is None else value
+        if value is not None and option.name in _DECIDING:
+            deciding.append(f"{option.flag}={value}")
     mode = given["update-baselines"]
     if mode not in ("none", "new", "all"):
         raise ConfigError(f"llmserve_update_baselines = {mode!r}: write none, new or all")
@@ -123,6 +149,14 @@ def read_settings(config: pytest.Config) -> Settings:
             "--llmserve-endpoint and --llmserve-engine emulator exclude each other: give one"
         )
     on_command_line = config.getoption("llmserve_server")
+    files = {
+        name: _writable(config.invocation_params.dir, given[name], f"--llmserve-{name}")
+        for name in ("json", "benchmark-json", "report", "markdown")
+    }
+    if files["report"]:
+        from pytest_llmserve.report.html import require
+
+        require()
     return Settings(
         rootdir=root,
         engine=given["engine"],
@@ -135,8 +169,13 @@ def read_settings(config: pytest.Config) -> Settings:
         baselines=_baselines(root / given["baselines"]),
         update_baselines=cast("UpdateMode", mode),
         reason=given["reason"] or None,
+        repeats=_repeats(given["repeats"]),
         strict=bool(given["strict"]),
-        json=_writable(config.invocation_params.dir / given["json"]) if given["json"] else None,
+        json=files["json"],
+        benchmark_json=files["benchmark-json"],
+        report=files["report"],
+        markdown=files["markdown"],
+        given=tuple(deciding),
     )
 
 
@@ -163,11 +202,20 @@ def _baselines(path: Path) -> Path:
     return path
 
 
-def _writable(path: Path) -> Path:
+def _repeats(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise ConfigError(f"--llmserve-repeats {text!r}: write a whole number from 1 up, or auto")
+    return int(text)
+
+
+def _writable(folder: Path, name: str | None, flag: str) -> Path | None:
+    if not name:
+        return None
+    path = folder / name
     if path.is_dir():
-        raise ConfigError(f"--llmserve-json {path}: is a folder; name a file")
+        raise ConfigError(f"{flag} {path}: is a folder; name a file")
     if not path.parent.is_dir():
-        raise ConfigError(
-            f"--llmserve-json {path}: the folder {path.parent} does not exist; make it"
-        )
+        raise ConfigError(f"{flag} {path}: the folder {path.parent} does not exist; make it")
     return path

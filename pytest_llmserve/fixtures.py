@@ -1,5 +1,5 @@
-"""The fixtures `llm_server`, `load` and `slo`; to make more of them: `factories`. Those that compare
-runs are in `comparing`.
+"""The fixtures `llm_server`, `load` and `slo`; to make more of them: `factories`. The fixtures that
+compare runs are in `comparing`.
 
 Each is a small callable object over the session and the test's own list of runs; nothing here
 imports more than pytest until it is used.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import pytest
 
@@ -18,7 +18,7 @@ from pytest_llmserve.outcome import Measured, TestRecord, test_record
 from pytest_llmserve.run import Run, Verdict
 
 if TYPE_CHECKING:
-    from pytest_llmserve.load.plan import ClosedLoop, LoadPlan, OpenLoop
+    from pytest_llmserve.load.plan import Arrivals, LoadPlan
     from pytest_llmserve.servers import Server, ServerConfig
     from pytest_llmserve.session import Session
     from pytest_llmserve.verdict.slo import Objective
@@ -129,7 +129,7 @@ class Load:
 
     def __call__(
         self,
-        arrivals: ClosedLoop | OpenLoop,
+        arrivals: Arrivals,
         *,
         duration: float = 30.0,
         prompt_tokens: int = 128,

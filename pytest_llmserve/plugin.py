@@ -7,37 +7,41 @@ no test uses the fixtures or the `llmserve` marker.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_llmserve.comparing import ab, baseline
 from pytest_llmserve.config import Settings, add_options, read_settings
 from pytest_llmserve.errors import ConfigError
 from pytest_llmserve.fixtures import (
     MARKER,
-    baseline,
+    calibration_runs,
     check_capstone,
     llm_server,
     load,
     marker_arguments,
     slo,
 )
+from pytest_llmserve.outcome import decide, forget, store_baselines
 
 if TYPE_CHECKING:
     from pytest_llmserve.session import Session
 
-__all__ = ["baseline", "llm_server", "load", "slo"]
+__all__ = ["ab", "baseline", "llm_server", "load", "slo"]
 
 _SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 _SESSION: pytest.StashKey[Session] = pytest.StashKey()
 _RUN_DIR: pytest.StashKey[Path] = pytest.StashKey()
 _SERVERS: pytest.StashKey[list[str]] = pytest.StashKey()
 _BAD_ITEM: pytest.StashKey[str] = pytest.StashKey()
+_DESELECTED: pytest.StashKey[bool] = pytest.StashKey()
 
 _MARKERS = (
     "llmserve(server=…, engine=…, model=…, args={…}): the server this test measures",
+    "llmserve_calibrate(runs=10): measure each load so often, report its noise, judge no baseline",
     "capstone: 30 users, 1,000 tokens/s, TTFT p95, latency under load",
 )
 
@@ -110,6 +114,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in ours:
         try:
             check_capstone(item)
+            calibration_runs(item)
             where = f"{item.nodeid}: @pytest.mark.llmserve"
             found = resolve(settings, marker_arguments(item), where)
         except ConfigError as error:
@@ -126,12 +131,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [next(grouped) if item in keys else item for item in items]
 
 
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    config = items[0].config
+    if _worker_input(config):
+        config.workeroutput["llmserve_deselected"] = True  # type: ignore[attr-defined]
+    else:
+        config.stash[_DESELECTED] = True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """pytest-xdist: a worker has ended, and says what it left out."""
+    if getattr(node, "workeroutput", {}).get("llmserve_deselected"):
+        node.config.stash[_DESELECTED] = True
+
+
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     return config.stash.get(_SERVERS, [])
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    forget(item)
     if _BAD_ITEM in item.stash:
         pytest.fail(item.stash[_BAD_ITEM], pytrace=False)
 
@@ -141,10 +162,11 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    settings = item.config.stash[_SETTINGS]
     if call.when == "call":
-        from pytest_llmserve.outcome import decide
-
-        decide(item, report, strict=item.config.stash[_SETTINGS].strict)
+        decide(item, report, strict=settings.strict)
+    elif call.when == "teardown":
+        store_baselines(item, report, settings)
     return report
 
 
@@ -171,20 +193,50 @@ class Results:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._tests: dict[str, dict[str, Any]] = {}
+        self._skipped: set[str] = set()
+        self._unused: tuple[Path, ...] = ()
+        self._problems: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.skipped:
+            self._skipped.add(report.nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped:
+            self._skipped.add(report.nodeid)
         found = getattr(report, "llmserve", None)
-        if found is not None:
-            self._tests[report.nodeid] = found
+        if found is None:
+            return
+        if report.when == "call":
+            self._tests[report.nodeid] = dict(found)
+        else:  # the teardown of the same test says what was stored
+            self._tests[report.nodeid].update(found)
 
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self._settings.json and self._tests:
-            from pytest_llmserve.report.result import write_result
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if not self._tests:
+            return
+        from pytest_llmserve.report.write import write_all
 
-            write_result(self._settings.json, self._tests)
+        self._problems = write_all(self._settings, self._tests)
+        if self._problems and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.USAGE_ERROR
+        self._unused = self._find_unused(session.config, exitstatus)
+
+    def _find_unused(self, config: pytest.Config, exitstatus: int) -> tuple[Path, ...]:
+        from pytest_llmserve.selection import narrowed, selected
+
+        used = {Path(b["path"]) for test in self._tests.values() for b in test["baselines"]}
+        incomplete = exitstatus != pytest.ExitCode.OK or narrowed(config)
+        if not used or incomplete or config.stash.get(_DESELECTED, False):
+            return ()
+        from pytest_llmserve.verdict.baseline import unused
+
+        return unused(used, selected(config, self._skipped))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._tests:
             from pytest_llmserve.report.terminal import write_summary
 
-            write_summary(terminalreporter, self._tests, self._settings)
+            write_summary(terminalreporter, self._tests, self._settings, self._unused)
+        for problem in self._problems:
+            terminalreporter.write_line(f"llmserve: {problem}", red=True)

@@ -23,8 +23,11 @@ SHORT = dict(duration=0.5, prompt_tokens=16, output_tokens=8, warmup=1)
 
 
 @pytest.fixture
-def project(pytester: pytest.Pytester) -> Callable[..., pytest.Pytester]:
+def project(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., pytest.Pytester]:
     """Makes a test file from a body, and `files` (path → text), and gives the pytester."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)  # not where our own tests write
 
     def make(body: str, files: Mapping[str, str] | None = None) -> pytest.Pytester:
         pytester.makepyfile(HEADER + body)

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from pytest_llmserve.run import Check, Run, Verdict
 from pytest_llmserve.servers import Emulation, Server, ServerConfig
 from pytest_llmserve.verdict.baseline import (
     TRACKED,
-    check,
+    command,
     compare,
     entry_of,
     path_of,
@@ -53,6 +55,20 @@ def make(
     }
     facts = fingerprint(server, plan, hardware, metrics_version=1)
     return Run(test, server, plan, metrics, tuple(checks), facts)
+
+
+def judge(run, root, **how):
+    """The verdicts on one run."""
+    return compare([run], root, **how)[0].verdicts
+
+
+def check(run, root, *, mode="none", reason=None, others=(), **how):
+    """Compare and store, as the fixture and the end of a passed test do."""
+    (compared,) = compare([run], root, mode=mode, reason=reason, **how)
+    stored = store(run, root, (*compared.found, *others), mode=mode, reason=reason)
+    return SimpleNamespace(
+        verdicts=compared.verdicts, status=compared.after(stored), stored=stored, runs=compared.runs
+    )
 
 
 def fill(root, runs=5, **kind):
@@ -104,7 +120,7 @@ def test_the_same_speed_passes_and_a_tenth_less_fails(tmp_path):
     good = check(make(0.995), tmp_path)
     assert outcomes(good.verdicts) == ["pass"] * 3
     assert "no regression; a change of -" in good.verdicts[0].reason
-    bad = check(make(0.89), tmp_path, rerun=lambda: make(0.885))
+    bad = check(make(0.89), tmp_path, rerun=lambda run: make(0.885))
     assert worst(bad.verdicts) == "fail"
     assert "-11.3 % from the baseline (5 runs, run-to-run noise 0.6 %)" in bad.verdicts[0].reason
     assert bad.verdicts[0].bound == pytest.approx(970, abs=3)
@@ -114,21 +130,21 @@ def test_a_breach_is_measured_again_once(tmp_path):
     fill(tmp_path)
     calls = []
 
-    def rerun():
+    def rerun(run):
         calls.append(1)
         return make(1.0)
 
-    assert worst(compare(make(0.89), tmp_path, rerun=rerun)) == "pass"
+    assert worst(judge(make(0.89), tmp_path, rerun=rerun)) == "pass"
     assert len(calls) == 1
-    assert worst(compare(make(0.999), tmp_path, rerun=rerun)) == "pass"
+    assert worst(judge(make(0.999), tmp_path, rerun=rerun)) == "pass"
     assert len(calls) == 1
 
 
 def test_a_breach_that_cannot_be_repeated_is_inconclusive(tmp_path):
     fill(tmp_path)
-    assert "1 more would decide" in compare(make(0.89), tmp_path)[0].reason
+    assert "1 more would decide" in judge(make(0.89), tmp_path)[0].reason
     spoilt = make(0.89, checks=[Check("client", False, "client CPU at 100 %")])
-    verdict = compare(make(0.89), tmp_path, rerun=lambda: spoilt)[0]
+    verdict = judge(make(0.89), tmp_path, rerun=lambda run: spoilt)[0]
     assert verdict.verdict == "inconclusive"
     assert "client CPU at 100 %" in verdict.reason
 
@@ -151,12 +167,12 @@ def test_a_run_that_missed_an_objective_is_never_stored(tmp_path):
 
 def test_accepting_a_worse_run_needs_a_reason_which_is_stored(tmp_path):
     fill(tmp_path)
-    worse = {"rerun": lambda: make(0.8), "mode": "all"}
+    worse = {"rerun": lambda run: make(0.8), "mode": "all"}
     before = path_of(make(), tmp_path).read_bytes()
     for reason in (None, "", "  "):
         refused = check(make(0.8), tmp_path, reason=reason, **worse)
         assert worst(refused.verdicts) == "fail"
-        assert "--llmserve-reason 'WHY'" in refused.verdicts[0].reason
+        assert "--llmserve-reason 'why it is worse'" in refused.verdicts[0].reason
     assert path_of(make(), tmp_path).read_bytes() == before
     taken = check(make(0.8), tmp_path, reason="batch size halved", **worse)
     assert taken.stored.action == "accepted"
@@ -172,7 +188,7 @@ def test_accepting_a_worse_run_needs_a_reason_which_is_stored(tmp_path):
 
 def test_new_never_accepts_a_worse_run(tmp_path):
     fill(tmp_path)
-    checked = check(make(0.8), tmp_path, rerun=lambda: make(0.8), mode="new", reason="why not")
+    checked = check(make(0.8), tmp_path, rerun=lambda run: make(0.8), mode="new", reason="why not")
     assert worst(checked.verdicts) == "fail"
     assert checked.stored.action == "kept"
 
@@ -199,9 +215,9 @@ def test_loads_of_one_test_are_kept_apart(tmp_path):
     fill(tmp_path, 2, users=30)
     content = read(path_of(make(), tmp_path))
     assert sorted(len(load.runs) for load in content.loads.values()) == [2, 5]
-    assert worst(compare(make(users=1), tmp_path)) == "pass"
-    assert worst(compare(make(users=30), tmp_path)) == "inconclusive"
-    assert "no baseline of this load" in compare(make(users=7), tmp_path)[0].reason
+    assert worst(judge(make(users=1), tmp_path)) == "pass"
+    assert worst(judge(make(users=30), tmp_path)) == "inconclusive"
+    assert "no baseline of this load" in judge(make(users=7), tmp_path)[0].reason
 
 
 def test_emulated_runs_never_meet_real_ones(tmp_path):
@@ -222,12 +238,12 @@ def test_emulated_runs_never_meet_real_ones(tmp_path):
 
 def test_a_percentile_of_too_few_samples_is_not_compared(tmp_path):
     fill(tmp_path)
-    verdicts = compare(make(n=100), tmp_path)
+    verdicts = judge(make(n=100), tmp_path)
     assert outcomes(verdicts) == ["pass", "inconclusive", "pass"]
     assert "needs 130" in verdicts[1].reason
     other = tmp_path / "other"
     fill(other, n=100)
-    assert "no stored run has it with enough samples" in compare(make(), other)[1].reason
+    assert "no stored run has it with enough samples" in judge(make(), other)[1].reason
 
 
 def test_a_slow_decline_is_caught_by_its_origin(tmp_path):
@@ -236,7 +252,7 @@ def test_a_slow_decline_is_caught_by_its_origin(tmp_path):
     for night in range(1, 21):
         speed = 0.99**night
 
-        def once(speed=speed):
+        def once(run=None, speed=speed):
             return make(speed * math.exp(0.01 * rng.standard_normal()))
 
         checked = check(once(), tmp_path, rerun=once, mode="all")
@@ -249,13 +265,13 @@ def test_a_slow_decline_is_caught_by_its_origin(tmp_path):
 
 
 def test_metrics_may_be_named(tmp_path):
-    (verdict,) = compare(make(), tmp_path, metrics=["ttft.p99"])
+    (verdict,) = judge(make(), tmp_path, metrics=["ttft.p99"])
     assert verdict.objective == "baseline ttft.p99"
     assert tracked("ttft.p99").floor == 0.10
     assert tracked("user_throughput.p50").better == "higher"
     for wrong in ("send_delay.p99", "concurrency.mean", "tftt.p95"):
         with pytest.raises(ConfigError):
-            compare(make(), tmp_path, metrics=[wrong])
+            judge(make(), tmp_path, metrics=[wrong])
 
 
 def test_a_spoilt_file_is_reported_and_kept(tmp_path):
@@ -271,8 +287,85 @@ def test_a_spoilt_file_is_reported_and_kept(tmp_path):
 def test_unused_files_are_found(tmp_path):
     fill(tmp_path, 1)
     fill(tmp_path, 1, test="t.py::test_y")
+    fill(tmp_path, 1, test="t.py::test_y", hardware={**HARDWARE, "slug": "nvidia-l4"})
     used = [path_of(make(), tmp_path)]
-    assert unused(tmp_path, used) == (path_of(make(test="t.py::test_y"), tmp_path),)
+    other = path_of(make(test="t.py::test_y"), tmp_path)
+    assert unused(used, lambda test: True) == (other,)
+    assert unused(used, lambda test: test != "t.py::test_y") == ()
+    other.with_name("broken.json").write_text("{")
+    assert unused(used, lambda test: test.startswith("t.py")) == (other,)
+    assert unused([], lambda test: True) == ()
+
+
+def test_the_command_is_quoted_and_has_the_options_of_the_run():
+    said = command(["a.py::t[x y]", "b.py::t"], "new", ["--llmserve-server=tiny"])
+    assert (
+        said
+        == "pytest 'a.py::t[x y]' b.py::t --llmserve-update-baselines=new --llmserve-server=tiny"
+    )
+
+
+def test_points_of_a_curve_are_one_family_each_by_its_own_load(tmp_path):
+    for users in (1, 8, 30):
+        fill(tmp_path, users=users)
+    again = []
+
+    def rerun(run):
+        again.append(run.plan.arrivals.users)
+        return make(0.88, users=run.plan.arrivals.users)
+
+    curve = [make(users=1), make(users=8), make(0.88, users=30), make(users=50)]
+    found = compare(curve, tmp_path, rerun=rerun)
+    assert [worst(c.verdicts) for c in found] == ["pass", "pass", "fail", "inconclusive"]
+    assert [c.status for c in found] == ["compared", "compared", "compared", "missing"]
+    assert again == [30]  # only the point that seemed worse
+    assert [c.runs for c in found] == [1, 1, 2, 1]
+    alone = judge(make(0.88, users=30), tmp_path, rerun=rerun)
+    # Holm: one of nine comparisons is judged more strictly than one of three.
+    (together,) = (v for v in found[2].verdicts if v.objective == "baseline output_throughput")
+    assert interval(together) > interval(alone[0])
+
+
+def interval(verdict):
+    low, high = re.search(r"between (\S+) and ([\d.]+)", verdict.reason).groups()
+    return float(high) - float(low)
+
+
+def test_many_points_make_no_more_false_alarms_than_one(tmp_path):
+    rng = np.random.default_rng(7)
+    loads = range(1, 9)
+    for users in loads:
+        for _ in range(8):
+            check(make(math.exp(0.08 * rng.standard_normal()), users=users), tmp_path, mode="all")
+
+    def curve():
+        return [make(math.exp(0.08 * rng.standard_normal()), users=users) for users in loads]
+
+    def rerun(run):
+        return make(math.exp(0.08 * rng.standard_normal()), users=run.plan.arrivals.users)
+
+    nights = [compare(curve(), tmp_path, rerun=rerun) for _ in range(25)]
+    alarms = sum(any(worst(c.verdicts) == "fail" for c in night) for night in nights)
+    assert alarms <= 2
+
+
+def test_auto_repeats_measure_all_points_that_can_be_decided(tmp_path):
+    fill(tmp_path, users=1)
+    fill(tmp_path, users=30)
+    fill(tmp_path, 2, users=50)
+    again = []
+
+    def rerun(run):
+        again.append(run.plan.arrivals.users)
+        slower = 0.7 if run.plan.arrivals.users == 30 else 1.0
+        return make(slower * (1 + 0.001 * len(again)), users=run.plan.arrivals.users)
+
+    curve = [make(users=1), make(0.7, users=30), make(users=50)]
+    found = compare(curve, tmp_path, rerun=rerun, repeats="auto")
+    assert [worst(c.verdicts) for c in found] == ["pass", "fail", "inconclusive"]
+    assert set(again) == {1, 30}
+    assert found[0].runs == found[1].runs == 8 - found[1].saved
+    assert (found[2].runs, found[2].saved) == (1, 0)
 
 
 def test_store_alone_says_what_it_did(tmp_path):
@@ -353,7 +446,7 @@ def test_a_sketch_of_nothing_is_nothing():
 def test_a_number_of_repeats_is_measured_and_judged_by_welch(tmp_path):
     fill(tmp_path)
     speeds = iter([0.9, 0.905, 0.895])
-    verdicts = compare(make(0.9), tmp_path, rerun=lambda: make(next(speeds)), repeats=4)
+    verdicts = judge(make(0.9), tmp_path, rerun=lambda run: make(next(speeds)), repeats=4)
     assert worst(verdicts) == "fail"
     assert "the 4 runs are worse" in verdicts[0].reason
     assert next(speeds, None) is None
@@ -367,15 +460,18 @@ def test_auto_repeats_stop_when_decided_and_say_so(tmp_path):
         calls.append(speed)
         return make(speed * (1 + 0.001 * len(calls)))
 
-    verdicts = compare(make(0.7), tmp_path, rerun=lambda: rerun(0.7), repeats="auto")
+    verdicts = judge(make(0.7), tmp_path, rerun=lambda run: rerun(0.7), repeats="auto")
     assert worst(verdicts) == "fail"
     assert 1 <= len(calls) <= 3
+    (calm,) = compare([make()], tmp_path, rerun=lambda run: make(1.001), repeats="auto")
+    assert worst(calm.verdicts) == "pass"
+    assert calm.runs + calm.saved == 8
     assert f"{len(calls) + 1} of at most 8 runs were needed" in verdicts[0].reason
 
 
 def test_auto_repeats_end_without_a_way_to_repeat(tmp_path):
     fill(tmp_path)
-    assert worst(compare(make(0.7), tmp_path, repeats="auto")) in ("inconclusive", "pass")
+    assert worst(judge(make(0.7), tmp_path, repeats="auto")) in ("inconclusive", "pass")
     spoilt = make(0.7, checks=[Check("client", False, "busy")])
-    verdicts = compare(make(0.7), tmp_path, rerun=lambda: spoilt, repeats="auto")
+    verdicts = judge(make(0.7), tmp_path, rerun=lambda run: spoilt, repeats="auto")
     assert "a further run is no measurement (client: busy)" in verdicts[0].reason

@@ -142,7 +142,7 @@ def test_it(llm_server, load):
 COMPARE = """
 @quick
 def test_it(load, baseline):
-    baseline.check(load(closed_loop(users=1), **SHORT), ["output_throughput"])
+    baseline.check(load(closed_loop(users=1), **SHORT), metrics=["output_throughput"])
 """
 
 

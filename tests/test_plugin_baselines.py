@@ -5,7 +5,7 @@ import json
 BODY = """
 @quick
 def test_it(load, baseline):
-    baseline.check(load(closed_loop(users=2), **SHORT), ["output_throughput"])
+    baseline.check(load(closed_loop(users=2), **SHORT), metrics=["output_throughput"])
 """
 
 

@@ -34,7 +34,7 @@ if os.environ["SLOWER"] != "0":
                "options": OPTIONS})
 def test_speed(load, baseline):
     run = load(closed_loop(users=4), duration=2, prompt_tokens=32, output_tokens=32)
-    baseline.check(run, ["output_throughput", "tpot.p50"])
+    baseline.check(run, metrics=["output_throughput", "tpot.p50"])
 """
 
 

@@ -64,8 +64,10 @@ def live_load(
 
 
 def describe_load(plan: LoadPlan) -> str:
-    """A load in a few words: "30 users" or "5 requests/s (poisson)"."""
+    """A load in a few words: "30 users", "5 requests/s (poisson)"."""
     arrivals = plan.arrivals
     if arrivals.kind == "closed":
         return f"{arrivals.users} user{'s' if arrivals.users > 1 else ''}"
+    if arrivals.kind == "trace":
+        return f"{arrivals.rate:.3g} requests/s from a trace"
     return f"{arrivals.rate:g} requests/s ({arrivals.arrivals})"

@@ -1,9 +1,9 @@
 """Export in the JSON format of pytest-benchmark, which other tools read too.
 
 Its unit is seconds and less is better, so a run is given as seconds per output token
-(1 / output_throughput): `ops` is then output tokens per second. Runs of the same test and load are
-the rounds of one benchmark. Invalid runs are left out. Emulated ones say so in their name, group
-and `extra_info`.
+(1 / output_throughput): `ops` is then output tokens per second. Runs of the same test and load (and
+side of an A/B comparison) are the rounds of one benchmark. Invalid runs are left out. Emulated ones
+say so in their name, group and `extra_info`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def document(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in runs:
         if all(c["ok"] for c in run["validity"]) and run["metrics"].get("output_throughput"):
-            key = run["test"], str(run["fingerprint"].get("load", ""))
+            load = str(run["fingerprint"].get("load", ""))
+            key = run["test"], " ".join(filter(None, (run.get("label"), load)))
             groups.setdefault(key, []).append(run)
     several = len({test for test, _ in groups}) < len(groups)
     return {

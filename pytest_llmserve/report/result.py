@@ -30,6 +30,7 @@ def run_to_dict(measured: Measured) -> dict[str, Any]:
     run = measured.run
     return {
         "test": run.test,
+        "label": measured.label,
         "server": run.server.config.name,
         "engine": run.server.engine,
         "engine_version": run.server.version,
@@ -63,9 +64,11 @@ def document(tests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_result(path: Path, tests: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the result file whole or not at all, its arrays into `<name>.events/` beside it."""
-    content = document(tests)
+def write_result(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a document whole or not at all, its arrays into `<name>.events/` beside it.
+
+    The runs' `events` then name those copies, relative to the file.
+    """
     folder = path.with_name(path.name.removesuffix(".json") + ".events")
     for number, run in enumerate(content["runs"]):
         source = Path(run["events"])

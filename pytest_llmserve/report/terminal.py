@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_llmserve.report.units import show, show_margin, show_time
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pytest
 
     from pytest_llmserve.config import Settings
@@ -49,8 +52,10 @@ def write_summary(
     reporter: pytest.TerminalReporter,
     tests: Mapping[str, Mapping[str, Any]],
     settings: Settings,
+    unused: Sequence[Path] = (),
 ) -> None:
-    """The section of verdicts: for each test its runs, objectives, margins and reasons."""
+    """The section of verdicts: for each test its runs, objectives, margins and reasons; then counts
+    and what to do about them. `unused` are baseline files that no test asks for."""
     reporter.section("llmserve", sep="=")
     runs = [run for test in tests.values() for run in test["runs"]]
     if any(run["emulated"] for run in runs):
@@ -67,7 +72,9 @@ def write_summary(
             _write_curve(reporter, test["runs"])
         for run in test["runs"]:
             _write_run(reporter, run, alone=len(test["runs"]) == 1)
-    _write_calls(reporter, tests, settings)
+        for calibration in test["calibrations"]:
+            _write_calibration(reporter, calibration)
+    _write_calls(reporter, tests, settings, unused)
 
 
 def _write_run(reporter: pytest.TerminalReporter, run: Mapping[str, Any], *, alone: bool) -> None:
@@ -115,7 +122,7 @@ def run_line(run: Mapping[str, Any]) -> str:
 def _verdict_row(verdict: Mapping[str, Any]) -> Row:
     metric, relation = split_objective(verdict["objective"])
     return (
-        verdict["objective"].split(" ")[0] if relation else verdict["objective"],
+        metric if relation else verdict["objective"],
         show(metric, verdict["measured"]),
         f"{ {'>=': '≥', '<=': '≤'}.get(relation, '') } {show(metric, verdict['bound'])}".strip(),
         show_margin(relation, verdict["measured"], verdict["bound"]),
@@ -124,11 +131,12 @@ def _verdict_row(verdict: Mapping[str, Any]) -> Row:
 
 
 def split_objective(objective: str) -> tuple[str, str]:
-    """The metric and the relation ("" if it has none) of an objective's text."""
+    """The metric and the relation ("" if it has none) of an objective's text. The metric of a
+    ratio is "B/A …", which has no unit."""
     words = objective.split(" ")
-    if len(words) == 3 and words[1] in (">=", "<="):
-        return words[0], words[1]
-    return words[-1], ""
+    relation = words[-2] if len(words) >= 3 and words[-2] in (">=", "<=") else ""
+    words = words[:-2] if relation else words
+    return " ".join(words) if words[0] == "B/A" else words[-1], relation
 
 
 def _write_curve(reporter: pytest.TerminalReporter, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -145,6 +153,7 @@ def _write_curve(reporter: pytest.TerminalReporter, runs: Sequence[Mapping[str, 
 
         rows.append(
             (
+                run.get("label", ""),
                 f"{load['users']}" if load["kind"] == "closed" else f"{load['rate']:g}/s",
                 show("output_throughput", metrics["output_throughput"]),
                 show("user_throughput", metrics["user_throughput"]["p50"]),
@@ -158,9 +167,24 @@ def _write_curve(reporter: pytest.TerminalReporter, runs: Sequence[Mapping[str, 
                 run["verdict"] or "",
             )
         )
-    head = ("users", "aggregate", "a user", "TTFT p50", "p95", "TPOT p50", "p95", "e2e p50", "p95")
-    reporter.write_line("  latency under load" + (" (EMULATED)" if runs[0]["emulated"] else ""))
-    for line in align([(*head, "requests", ""), *rows], ">>>>>>>>>><"):
+    head = (
+        "",
+        "users",
+        "aggregate",
+        "a user",
+        "TTFT p50",
+        "p95",
+        "TPOT p50",
+        "p95",
+        "e2e p50",
+        "p95",
+    )
+    several = len({run["fingerprint"]["load"] for run in runs}) > 1
+    title = "latency under load" if several else "runs of one load"
+    reporter.write_line(f"  {title}" + (" (EMULATED)" if runs[0]["emulated"] else ""))
+    first = 0 if any(row[0] for row in rows) else 1  # the label's column, where there are any
+    lines = [(*head, "requests", ""), *rows]
+    for line in align([row[first:] for row in lines], "<>>>>>>>>>><"[first:]):
         reporter.write_line("    " + line)
     if marked:
         reporter.write_line("    ~ too few requests to certify this percentile (p95 needs 130)")
@@ -193,8 +217,17 @@ def _write_reason(reporter: pytest.TerminalReporter, text: str, verdict: str) ->
         reporter.write_line(line, **_COLOURS[verdict])
 
 
+def _write_calibration(reporter: pytest.TerminalReporter, calibration: Mapping[str, str]) -> None:
+    reporter.write_line(f"  calibration of {calibration['load']} on {calibration['server']}")
+    for line in calibration["table"].splitlines():
+        reporter.write_line("    " + line)
+
+
 def _write_calls(
-    reporter: pytest.TerminalReporter, tests: Mapping[str, Mapping[str, Any]], settings: Settings
+    reporter: pytest.TerminalReporter,
+    tests: Mapping[str, Mapping[str, Any]],
+    settings: Settings,
+    unused: Sequence[Path],
 ) -> None:
     counts = dict.fromkeys(("pass", "fail", "inconclusive", "invalid"), 0)
     for test in tests.values():
@@ -202,18 +235,41 @@ def _write_calls(
             counts[test["verdict"]] += 1
     reporter.write_line("")
     reporter.write_line(f"verdicts: {_counted(counts) or 'none asked for'}")
-    baselines: dict[str, int] = {}
-    for test in tests.values():
-        for compared in test["baselines"]:
-            baselines[compared["status"]] = baselines.get(compared["status"], 0) + 1
-    if baselines:
-        reporter.write_line(f"baselines: {_counted(baselines)}")
-        if settings.update_baselines != "none":
-            for test in tests.values():
-                for compared in test["baselines"]:
-                    reporter.write_line(f"  {compared['message']}")
-    if settings.json:
-        reporter.write_line(f"results: {settings.json}")
+    _write_baselines(reporter, tests, settings, unused)
+    for path in (settings.json, settings.benchmark_json, settings.report, settings.markdown):
+        if path and path.exists():
+            reporter.write_line(f"results: {path}")
+
+
+def _write_baselines(
+    reporter: pytest.TerminalReporter,
+    tests: Mapping[str, Mapping[str, Any]],
+    settings: Settings,
+    unused: Sequence[Path],
+) -> None:
+    """How many comparisons came out how, and the command for those that need one."""
+    compared = [(nodeid, b) for nodeid, test in tests.items() for b in test["baselines"]]
+    if not compared:
+        return
+    counts = dict.fromkeys(("compared", "new", "missing", "mismatched", "invalid"), 0)
+    for _, baseline in compared:
+        counts[baseline["status"]] += 1
+    reporter.write_line(f"baselines: {_counted(counts | {'unused': len(unused)})}")
+    from pytest_llmserve.verdict.baseline import command
+
+    for status in ("missing", "mismatched"):
+        which = dict.fromkeys(nodeid for nodeid, b in compared if b["status"] == status)
+        if which:
+            reporter.write_line(f"  {status}: {command(which, 'new', settings.given)}")
+    if unused:
+        reporter.write_line(f"  unused: rm {shlex.join(map(str, unused))}")
+    if settings.repeats != 1:
+        made, saved = (sum(b[key] for _, b in compared) for key in ("runs", "saved"))
+        said = f", {saved} saved" if settings.repeats == "auto" else ""
+        reporter.write_line(f"  repeats {settings.repeats}: {made} runs were needed{said}")
+    for nodeid, baseline in compared:
+        if baseline["message"]:
+            reporter.write_line(f"  {nodeid}: {baseline['message']}")
 
 
 def _counted(counts: Mapping[str, int]) -> str:

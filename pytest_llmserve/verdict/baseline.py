@@ -1,9 +1,10 @@
-"""Compare a run with the stored runs of its test, and store it if that is asked for.
+"""Compare runs with the stored runs of their test, and store them if that is asked for.
 
 What is compared with what: a run of a test with the runs of the same test, hardware, model,
 server and load whose fingerprints agree in every must-match field, the latest `RECENT` since the
 last accepted change; and, so that a slow decline cannot pass step by step, with the pinned first
-runs (`origin`) once the latest are others than those.
+runs (`origin`) once the latest are others than those. Runs that are compared together (the points
+of a latency-under-load curve) are one family of tests, each by the stored runs of its own load.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ RECENT = 20
 Mode = Literal["none", "new", "all"]
 #: New runs: one (and a second if the first breaches), a number, or as many as the verdict needs.
 Repeats = int | Literal["auto"]
-_Key = tuple[str, str]
+Status = Literal["compared", "new", "missing", "mismatched", "invalid"]
+#: Number of the run, "baseline" or "drift", metric.
+_Key = tuple[int, str, str]
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,53 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """The verdicts of a comparison and what became of the run.
+class Compared:
+    """One run compared with its baseline file, at `path`.
 
-    `status` sums it up for counting: `compared`, `new` (stored, nothing to compare with yet),
-    `missing` (no or too few runs), `mismatched` (stored runs measured something else), `invalid`
-    (the run is no measurement).
+    `found` are the verdicts as they came out, which `store` goes by; in `verdicts` those that a
+    reason accepts pass. `runs` is how many runs were measured for it, and `saved` how many of the
+    most that `repeats="auto"` may make were not needed. `status` sums it up for counting:
+    `compared`, `missing` (no or too few stored runs), `mismatched` (the stored runs measured
+    something else), `invalid` (the run is no measurement); `new` is for `after` alone.
     """
 
+    path: Path
+    found: tuple[Verdict, ...]
     verdicts: tuple[Verdict, ...]
-    status: Literal["compared", "new", "missing", "mismatched", "invalid"]
-    stored: Stored
+    status: Status
+    runs: int = 1
+    saved: int = 0
+
+    def after(self, stored: Stored) -> Status:
+        """The status once it is known what became of the run: `new` if there was nothing or not
+        enough to compare with and there is more now."""
+        fresh = self.status in ("missing", "mismatched") and stored.action in ("new", "added")
+        return "new" if fresh else self.status
+
+    def merged(self, later: Compared) -> Compared:
+        """This and a later comparison of the same run, in other metrics."""
+        return replace(
+            later,
+            found=(*self.found, *later.found),
+            verdicts=(*self.verdicts, *later.verdicts),
+            runs=self.runs + later.runs - 1,
+            saved=self.saved + later.saved,
+        )
+
+
+@dataclass
+class _Point:
+    """A run, its repeats, and what it is compared with. `why_not` says why with nothing."""
+
+    runs: list[Run]
+    path: Path
+    status: Status
+    add: str
+    why_not: str = ""
+    peers: Sequence[StoredRun] = ()
+    origin: Sequence[StoredRun] = ()
+    spoilt: str = ""
+    planned: int = 0
 
 
 def tracked(metric: str | Tracked) -> Tracked:
@@ -105,11 +144,11 @@ def tracked(metric: str | Tracked) -> Tracked:
     for known in TRACKED:
         if known.metric == metric:
             return known
-    check_metric(metric, f"baseline metric {metric!r}")
+    check_metric(metric, f"compared metric {metric!r}")
     group, _, statistic = metric.partition(".")
     if group in ("send_delay", "client_lag", "requests", "errors", "concurrency"):
         raise ConfigError(
-            f"baseline metric {metric!r} says how the load went, not how fast the server is: "
+            f"compared metric {metric!r} says how the load went, not how fast the server is: "
             "name a throughput or a latency"
         )
     tail = statistic in ("p90", "p95", "p99", "max")
@@ -125,23 +164,72 @@ def path_of(run: Run, root: Path) -> Path:
 
 
 def compare(
-    run: Run,
+    runs: Sequence[Run],
     root: Path,
     *,
     metrics: Sequence[str | Tracked] | None = None,
-    rerun: Callable[[], Run] | None = None,
+    rerun: Callable[[Run], Run] | None = None,
     repeats: Repeats = 1,
-) -> tuple[Verdict, ...]:
-    """Judge a run by its baseline below `root`: one verdict a metric, and one for each drift.
+    mode: Mode = "none",
+    reason: str | None = None,
+    options: Sequence[str] = (),
+) -> tuple[Compared, ...]:
+    """Judge runs by their baselines below `root`: of each, one verdict a metric, and one for each
+    drift. All metrics of all runs are one family, whose error is that of one test.
 
-    `rerun` measures the same load once more. With `repeats=1` it is called at most once, if the
-    run seems to have become worse (without it such a run stays inconclusive); with a number,
-    until there are so many runs; with "auto", until the verdict is decided (`sequential`).
+    `rerun` measures the load of a run once more. With `repeats=1` it is called at most once a run,
+    if that seems to have become worse (without it such a run stays inconclusive); with a number,
+    until there are so many runs of each; with "auto", until the verdict is decided
+    (`sequential`). A regression passes where `mode` and `reason` accept it. `options` belong to
+    the commands that reasons propose.
 
     Raises ConfigError for a baseline file that is not valid and for a metric that cannot be
     compared.
     """
-    return _compare(run, root, metrics, rerun, repeats).verdicts
+    wanted = [tracked(metric) for metric in (TRACKED if metrics is None else metrics)]
+    points = [_point(run, root, options) for run in runs]
+    judged = _measure(points, wanted, rerun, repeats)
+    compared = []
+    for number_, point in enumerate(points):
+        own = {(kind, metric): c for (n, kind, metric), c in judged.items() if n == number_}
+        found = tuple(v for t in wanted for v in _verdicts(point, t, own))
+        compared.append(
+            Compared(
+                path=point.path,
+                found=found,
+                verdicts=_accepted(point.runs[0], found, mode, reason, options),
+                status=point.status,
+                runs=len(point.runs),
+                saved=max(0, point.planned - len(point.runs)),
+            )
+        )
+    return tuple(compared)
+
+
+def _accepts(mode: Mode, reason: str | None) -> bool:
+    return mode == "all" and bool((reason or "").strip())
+
+
+def _accepted(
+    run: Run, found: tuple[Verdict, ...], mode: Mode, reason: str | None, options: Sequence[str]
+) -> tuple[Verdict, ...]:
+    """Regressions that are accepted pass and say why; of others the first says how it could be."""
+    if _accepts(mode, reason):
+        return tuple(
+            replace(v, verdict="pass", reason=f"accepted ({reason}): {v.reason}")
+            if v.verdict == "fail"
+            else v
+            for v in found
+        )
+    if mode == "none" or worst(found) != "fail":
+        return found
+    first = next(v for v in found if v.verdict == "fail")
+    how = f"{first.reason}; to accept it: {_accept(run, options)}"
+    return tuple(replace(v, reason=how) if v is first else v for v in found)
+
+
+def _accept(run: Run, options: Sequence[str]) -> str:
+    return command([run.test], "all", (*options, "--llmserve-reason", "why it is worse"))
 
 
 def store(
@@ -151,6 +239,7 @@ def store(
     *,
     mode: Mode = "none",
     reason: str | None = None,
+    options: Sequence[str] = (),
 ) -> Stored:
     """Append a run to its baseline, as `mode` asks.
 
@@ -173,11 +262,8 @@ def store(
         return kept(f"the run is invalid ({invalid_reason(run)})")
     if any(v.verdict in ("fail", "invalid") and v not in worse for v in verdicts):
         return kept("the run failed an objective or a check")
-    if worse and (mode != "all" or not (reason or "").strip()):
-        return kept(
-            "the run is worse than its baseline; to accept it: "
-            + command(run, "all", "--llmserve-reason 'WHY'")
-        )
+    if worse and not _accepts(mode, reason):
+        return kept(f"the run is worse than its baseline; to accept it: {_accept(run, options)}")
     entry = entry_of(run)
     action: Literal["kept", "new", "added", "accepted"] = "kept"
     count = 0
@@ -216,50 +302,27 @@ def store(
     return Stored(action, path, f"accepted ({reason}) and {said}" if worse else said)
 
 
-def check(
-    run: Run,
-    root: Path,
-    *,
-    metrics: Sequence[str | Tracked] | None = None,
-    rerun: Callable[[], Run] | None = None,
-    repeats: Repeats = 1,
-    mode: Mode = "none",
-    reason: str | None = None,
-    others: Iterable[Verdict] = (),
-) -> Checked:
-    """`compare`, then `store`: what the `baseline` fixture does.
-
-    `others` are the test's other verdicts on the run (objectives): a run that failed them is not
-    stored. A regression that is accepted passes, and says why.
-    """
-    compared = _compare(run, root, metrics, rerun, repeats)
-    stored = store(run, root, (*compared.verdicts, *others), mode=mode, reason=reason)
-    verdicts = compared.verdicts
-    if stored.action == "accepted":
-        verdicts = tuple(
-            replace(v, verdict="pass", reason=f"accepted ({reason}): {v.reason}")
-            if v.verdict == "fail"
-            else v
-            for v in verdicts
-        )
-    elif mode != "none" and worst(verdicts) == "fail":
-        first = next(v for v in verdicts if v.verdict == "fail")
-        verdicts = tuple(
-            replace(v, reason=f"{v.reason}; {stored.message}") if v is first else v
-            for v in verdicts
-        )
-    fresh = compared.status == "missing" and stored.action in ("new", "added")
-    return Checked(verdicts, "new" if fresh else compared.status, stored)
+def unused(used: Iterable[Path], selected: Callable[[str], bool]) -> tuple[Path, ...]:
+    """The baseline files in the folders of those `used` (that is, of the same hardware, model and
+    server) that no test asked for, sorted. `selected` says of a test's name whether it would have
+    asked if it still did. Files that cannot be read are left to those who need them."""
+    used = set(used)
+    beside = {path for folder in {p.parent for p in used} for path in folder.glob("*.json")}
+    return tuple(path for path in sorted(beside - used) if selected(_test_of(path)))
 
 
-def unused(root: Path, used: Iterable[Path]) -> tuple[Path, ...]:
-    """The baseline files below `root` that no test asked for, sorted."""
-    return tuple(sorted(set(root.glob("*/*/*/*.json")) - set(used)))
+def _test_of(path: Path) -> str:
+    try:
+        baseline = read(path)
+    except ConfigError:
+        return ""
+    return baseline.test if baseline else ""
 
 
-def command(run: Run, mode: Mode, more: str = "") -> str:
-    """What to type to store this test's runs."""
-    return f"pytest {shlex.quote(run.test)} --llmserve-update-baselines={mode} {more}".rstrip()
+def command(tests: Iterable[str], mode: Mode, options: Sequence[str] = ()) -> str:
+    """What to type to store runs of these tests."""
+    words = ["pytest", *tests, f"--llmserve-update-baselines={mode}", *options]
+    return shlex.join(words)
 
 
 def entry_of(run: Run) -> StoredRun:
@@ -289,42 +352,24 @@ def sketches(run: Run) -> dict[str, list[float]]:
     return {name: points for name, points in drawn.items() if points}
 
 
-@dataclass(frozen=True)
-class _Compared:
-    verdicts: tuple[Verdict, ...]
-    status: Literal["compared", "missing", "mismatched", "invalid"]
-
-
-def _compare(
-    run: Run,
-    root: Path,
-    metrics: Sequence[str | Tracked] | None,
-    rerun: Callable[[], Run] | None,
-    repeats: Repeats,
-) -> _Compared:
-    wanted = [tracked(metric) for metric in (TRACKED if metrics is None else metrics)]
-    if not run.valid:
-        reason = invalid_reason(run)
-        return _Compared(tuple(_verdict(run, t, "invalid", reason) for t in wanted), "invalid")
+def _point(run: Run, root: Path, options: Sequence[str]) -> _Point:
     path = path_of(run, root)
+    more = command([run.test], "new", options)
+    add = f"`{more}` adds one a run until there are {BASELINE_RUNS}"
+    if not run.valid:
+        return _Point([run], path, "invalid", add, invalid_reason(run))
     baseline = read(path)
     load = baseline.loads.get(str(run.fingerprint["load"])) if baseline else None
     current = load.current() if load else ()
     peers = _peers(current, run.fingerprint)
-    add = f"`{command(run, 'new')}` adds one a run until there are {BASELINE_RUNS}"
     if baseline is None or load is None or not peers:
-        reason, status = _why_none(baseline, load, current, run, path)
-        verdicts = tuple(_verdict(run, t, "inconclusive", f"{reason}; {add}") for t in wanted)
-        return _Compared(verdicts, status)
+        why_not, lacking = _why_none(baseline, load, current, run, path)
+        return _Point([run], path, lacking, add, f"{why_not}; {add}")
     origin = _peers([r for r in load.runs if r.id in load.origin], run.fingerprint)
     if {r.id for r in origin} >= {r.id for r in peers} or len(origin) < BASELINE_RUNS:
         origin = []
-    runs, judged, notes = _measure(run, rerun, repeats, lambda r: _family(r, wanted, peers, origin))
-    notes += _should(peers, run)
-    verdicts = tuple(
-        verdict for t in wanted for verdict in _verdicts(runs, t, judged, peers, origin, notes, add)
-    )
-    return _Compared(verdicts, "missing" if len(peers) < BASELINE_RUNS else "compared")
+    status: Status = "missing" if len(peers) < BASELINE_RUNS else "compared"
+    return _Point([run], path, status, add, "", peers, origin)
 
 
 def _why_none(
@@ -345,50 +390,71 @@ def _why_none(
 
 
 def _measure(
-    run: Run,
-    rerun: Callable[[], Run] | None,
+    points: Sequence[_Point],
+    wanted: Sequence[Tracked],
+    rerun: Callable[[Run], Run] | None,
     repeats: Repeats,
-    family: Callable[[Sequence[Run]], dict[_Key, Samples]],
-) -> tuple[list[Run], dict[_Key, Comparison], str]:
-    """As many runs as the verdict needs, the comparisons, and what has to be said of the runs."""
-    runs, spoilt = [run], ""
+) -> dict[_Key, Comparison]:
+    """Compare, and repeat the points whose verdict needs it; their runs are appended to them."""
     most = MOST if repeats == "auto" else max(repeats, 2)
     while True:
-        samples = family(runs)
-        if not samples:
-            return runs, {}, spoilt
+        family = {
+            (number_, *key): samples
+            for number_, point in enumerate(points)
+            for key, samples in _samples(point, wanted).items()
+        }
+        judged, again = _judge(family, repeats, most)
         if repeats == "auto":
-            decision = decide(samples, most)
-            judged, enough = dict(decision.comparisons), decision.decided
-        else:
-            judged = judge_family(samples)
-            suspected = any(c.finding == "suspected" for c in judged.values())
-            enough = len(runs) >= repeats and not suspected
-        if enough or spoilt or rerun is None or len(runs) >= most:
-            break
-        again = rerun()
-        if again.valid:
-            runs.append(again)
-        else:
-            spoilt = f"; a further run is no measurement ({invalid_reason(again)})"
-    said = f"; {len(runs)} of at most {most} runs were needed" if repeats == "auto" else ""
-    return runs, judged, spoilt + said
+            for (number_, _, _), samples in family.items():
+                points[number_].planned = most if len(samples.baseline) >= BASELINE_RUNS else 0
+        ended = {n for n in again if points[n].spoilt or len(points[n].runs) >= most}
+        if ended:  # an adaptive plan has as many runs of each point, so it ends with any of them
+            again = set() if repeats == "auto" else again - ended
+        if not again or rerun is None:
+            return judged
+        for number_ in sorted(again):
+            point = points[number_]
+            run = rerun(point.runs[0])
+            if run.valid:
+                point.runs.append(run)
+            else:
+                point.spoilt = invalid_reason(run)
 
 
-def _family(
-    runs: Sequence[Run],
-    wanted: Sequence[Tracked],
-    peers: Sequence[StoredRun],
-    origin: Sequence[StoredRun],
-) -> dict[_Key, Samples]:
-    """Samples by ("baseline" or "drift", metric): one family. What has no value is left out."""
-    family: dict[_Key, Samples] = {}
+def _judge(
+    family: Mapping[_Key, Samples], repeats: Repeats, most: int
+) -> tuple[dict[_Key, Comparison], set[int]]:
+    """The comparisons, and the numbers of the points that should be measured once more.
+
+    What has too few stored runs can only come out inconclusive; it does not make the others'
+    error smaller, and no repeat would help it.
+    """
+    few = {key: s for key, s in family.items() if len(s.baseline) < BASELINE_RUNS}
+    enough = {key: s for key, s in family.items() if key not in few}
+    judged = judge_family(few)
+    if not enough:
+        return judged, set()
+    if repeats == "auto":
+        decision = decide(enough, most)
+        again = set() if decision.decided else {number_ for number_, _, _ in enough}
+        return judged | dict(decision.comparisons), again
+    found = judge_family(enough)
+    return judged | found, {
+        number_
+        for (number_, _, _), c in found.items()
+        if c.finding == "suspected" or c.new_runs < repeats
+    }
+
+
+def _samples(point: _Point, wanted: Sequence[Tracked]) -> dict[tuple[str, str], Samples]:
+    """Samples by ("baseline" or "drift", metric). What has no value is left out."""
+    family: dict[tuple[str, str], Samples] = {}
     for t in wanted:
-        new = [_usable(r.metrics, t.metric) for r in runs]
+        new = [_usable(r.metrics, t.metric) for r in point.runs]
         values = [value for value in new if value is not None]
-        for kind, stored in (("baseline", peers), ("drift", origin)):
+        for kind, stored in (("baseline", point.peers), ("drift", point.origin)):
             old = _stored_values(stored, t.metric)
-            if len(values) == len(runs) and (
+            if len(values) == len(new) and (
                 old if kind == "baseline" else len(old) >= BASELINE_RUNS
             ):
                 family[kind, t.metric] = Samples(values, old, t.better, t.floor)
@@ -396,32 +462,38 @@ def _family(
 
 
 def _verdicts(
-    runs: Sequence[Run],
-    t: Tracked,
-    judged: Mapping[_Key, Comparison],
-    peers: Sequence[StoredRun],
-    origin: Sequence[StoredRun],
-    notes: str,
-    add: str,
+    point: _Point, t: Tracked, judged: Mapping[tuple[str, str], Comparison]
 ) -> list[Verdict]:
-    run = runs[0]
+    run = point.runs[0]
+    if point.why_not:
+        outcome: Outcome = "invalid" if point.status == "invalid" else "inconclusive"
+        return [_verdict(run, t, outcome, point.why_not)]
     if ("baseline", t.metric) not in judged:
-        lacking = uncertified(run.metrics, t.metric) or next(
-            (w for r in runs if (w := uncertified(r.metrics, t.metric))), None
-        )
+        lacking = next((w for r in point.runs if (w := uncertified(r.metrics, t.metric))), None)
         if lacking is None:
-            if _usable(run.metrics, t.metric) is None:
+            if any(_usable(r.metrics, t.metric) is None for r in point.runs):
                 lacking = "it could not be measured in this run"
             else:
-                lacking = f"no stored run has it with enough samples; {add}"
+                lacking = f"no stored run has it with enough samples; {point.add}"
         return [_verdict(run, t, "inconclusive", lacking)]
     found = []
-    for kind, stored in (("baseline", peers), ("drift", origin)):
+    for kind, stored in (("baseline", point.peers), ("drift", point.origin)):
         comparison = judged.get((kind, t.metric))
         if comparison is not None:
-            outcome, reason = _explain(comparison, t, stored, kind, add)
-            found.append(_verdict(run, t, outcome, reason + notes, kind, comparison.limit))
+            outcome, reason = _explain(comparison, t, stored, kind, point.add)
+            reason += _notes(point)
+            found.append(_verdict(run, t, outcome, reason, kind, comparison.limit))
     return found
+
+
+def _notes(point: _Point) -> str:
+    """What has to be said of the runs."""
+    said = ""
+    if point.spoilt:
+        said += f"; a further run is no measurement ({point.spoilt})"
+    if point.planned:
+        said += f"; {len(point.runs)} of at most {point.planned} runs were needed"
+    return said + _should(point.peers, point.runs[0])
 
 
 def _explain(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import variance
 
 from pytest_llmserve.errors import ConfigError
+from pytest_llmserve.run import Run
 from pytest_llmserve.verdict.baseline import Tracked
 from pytest_llmserve.verdict.regression import (
     ALPHA,
@@ -23,6 +24,7 @@ from pytest_llmserve.verdict.regression import (
     judge_new,
     log_floor,
 )
+from pytest_llmserve.verdict.slo import number, uncertified
 
 #: Changes for the worse at which power is stated.
 EFFECTS = (0.03, 0.05, 0.10, 0.20)
@@ -85,6 +87,27 @@ def calibrate(
         proposed_floor=proposed_floor(noise),
         proposed_repeats=proposed_repeats(noise, size, tracked),
     )
+
+
+def calibrate_runs(runs: Sequence[Run], metrics: Sequence[Tracked]) -> str:
+    """The table of the valid ones of some runs of one load on an unchanged server, and a line on
+    each metric that cannot be calibrated by them."""
+    valid = [run for run in runs if run.valid]
+    found, notes = [], []
+    for t in metrics:
+        values = [
+            value
+            for run in valid
+            if (value := number(run.metrics, t.metric)) and not uncertified(run.metrics, t.metric)
+        ]
+        try:
+            found.append(calibrate(values, t))
+        except ConfigError as error:
+            lacking = next((w for r in valid if (w := uncertified(r.metrics, t.metric))), "")
+            notes.append(f"{error}{f' ({lacking})' if lacking else ''}\n")
+    if len(valid) < len(runs):
+        notes.append(f"{len(runs) - len(valid)} invalid runs are left out\n")
+    return (as_text(found) if found else "") + "".join(notes)
 
 
 def proposed_floor(noise: float) -> float:

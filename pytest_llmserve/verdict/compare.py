@@ -188,7 +188,8 @@ def _load_result(content: Mapping[str, Any], path: Path, side: Side) -> None:
             side.note(f"{path.name}: an invalid run of {run['test']} is left out")
             continue
         fingerprint = run["fingerprint"]
-        group = side.group(f"{run['test']} {fingerprint.get('load', '')}".strip())
+        parts = run["test"], run.get("label"), fingerprint.get("load")
+        group = side.group(" ".join(filter(None, parts)))
         group.runs += 1
         group.fingerprints.append(fingerprint)
         for metric in _names(run["metrics"]):
