@@ -182,7 +182,7 @@ def _gauges(record: Record, users: int) -> dict[str, list[float | None]]:
     flight = np.searchsorted(sent, times) - np.searchsorted(end, times)
     waiting = np.maximum(0, flight - 24)
     return {
-        "time": times.tolist(),
+        "time": (times - record.info.start).tolist(),
         "running": (flight - waiting).astype(float).tolist(),
         "waiting": waiting.astype(float).tolist(),
         "kv_usage": (0.02 * flight).clip(0, 1).tolist(),

@@ -275,6 +275,20 @@ def test_a_large_run_is_sampled_and_says_so() -> None:
     assert sum(bins["rate"]) * width == pytest.approx(record.event_tokens.sum(), rel=1e-4)
 
 
+def test_warm_up_and_gaps_of_nothing_disturb_no_chart() -> None:
+    from dataclasses import replace
+
+    record, _ = samples.make_record(4, 3.0)
+    early = record.event_time.copy()
+    early[:10] = record.info.start - 1.0
+    bins, width = series.over_time(replace(record, event_time=early), 60)
+    assert sum(bins["rate"]) * width == pytest.approx(record.event_tokens.sum() - 10, rel=1e-4)
+    line = series.distribution(np.array([0.0] * 30 + [0.002] * 70))
+    assert min(line["v"]) == 0.002
+    assert line["share"][0] == pytest.approx(0.3, abs=0.02)
+    assert series.distribution(np.array([np.nan])) == {}
+
+
 @given(runs=st.integers(0, 100_000))
 def test_budget_shrinks_and_never_vanishes(runs: int) -> None:
     budget = series.Budget.of(runs)
@@ -387,6 +401,7 @@ def test_baseline_history_band_and_distribution(tmp_path: Path) -> None:
     assert trend["band"]["low"][0] < min(values[1:-1])
     assert trend["band"]["high"][0] > max(values[1:-1])
     assert trend["accepted"]["i"] == [2]
+    assert f"Accepted at run 2 (2026-10-02): new clocks {BAD}." in page.text
     band = page.figures("distribution")[0]["data"]["band"]
     assert all(low <= high for low, high in zip(band["low"], band["high"], strict=True))
     assert max(band["share"]) <= 1 - 1 / 64

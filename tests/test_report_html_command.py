@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import report_samples as samples
 
+from pytest_llmserve.errors import ConfigError
 from pytest_llmserve.report.command import add_parser
 
 
@@ -49,30 +50,26 @@ def test_html_and_markdown_of_a_stored_result(
         ("[" * 100_000, "is not valid JSON"),
     ],
 )
-def test_a_bad_file_is_one_sentence(
-    content: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_file_is_one_sentence(content: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(content)
-    assert call(path, "-o", tmp_path / "r.md") == 4
-    error = capsys.readouterr().err
-    assert said in error
-    assert str(path) in error
-    assert error.count("\n") == 1
+    with pytest.raises(ConfigError) as error:
+        call(path, "-o", tmp_path / "r.md")
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "r.md").exists()
 
 
-def test_what_is_missing_is_named(
-    result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call(tmp_path / "none.json", "-o", tmp_path / "r.md") == 4
-    assert "none.json cannot be read" in capsys.readouterr().err
-    assert call(result, "-o", tmp_path / "r.pdf") == 4
-    assert "ends in .html or .md" in capsys.readouterr().err
-    assert call(result, "-o", tmp_path / "r.html", "--baselines", tmp_path / "none") == 4
-    assert "there is no such folder" in capsys.readouterr().err
+def test_what_is_missing_is_named(result: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.json cannot be read"):
+        call(tmp_path / "none.json", "-o", tmp_path / "r.md")
+    with pytest.raises(ConfigError, match=r"ends in \.html or \.md"):
+        call(result, "-o", tmp_path / "r.pdf")
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        call(result, "-o", tmp_path / "r.html", "--baselines", tmp_path / "none")
     document = json.loads(result.read_text())
     del document["runs"][0]["metrics"]["ttft"]
     samples.write(result, document)
-    assert call(result, "-o", tmp_path / "r.md") == 4
-    assert "'ttft' is a required property" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="'ttft' is a required property"):
+        call(result, "-o", tmp_path / "r.md")

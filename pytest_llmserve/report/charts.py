@@ -220,7 +220,7 @@ def _compare(axis: Callable[..., alt.Axis]) -> Spec:
     order = alt.Scale(range=list(_VARIANT_COLOURS))
     points = alt.Chart(_data("points"))
     line = points.mark_line(strokeWidth=1.8).encode(
-        x=x, y=y, color=alt.Color("variant:N", sort=None, scale=order)
+        x=x, y=y, color=alt.Color("variant:N", sort=None, scale=order, legend=None)
     )
     dots = points.mark_point(size=44, opacity=1, filled=True).encode(
         x=x,
@@ -233,7 +233,11 @@ def _compare(axis: Callable[..., alt.Axis]) -> Spec:
             alt.Tooltip("text:N", title="value"),
         ],
     )
-    return _spec(alt.layer(*_slo_layers(), line, dots).properties(height=200))
+    # Scales of their own, so that the legend is that of the points: colour and marker in one.
+    layers = alt.layer(*_slo_layers(), line, dots).resolve_scale(
+        color="independent", shape="independent"
+    )
+    return _spec(layers.properties(height=200))
 
 
 def _time_params() -> list[alt.Parameter]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,25 +33,22 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the report; 0, or 4 with one sentence on standard error for bad input."""
-    try:
-        documents = [read_result(path) for path in args.results]
-        if args.output.suffix.lower() in (".md", ".markdown"):
-            from pytest_llmserve.report.markdown import write_markdown
+    """Make the report; 0. Raises ConfigError for input that cannot be used."""
+    documents = [read_result(path) for path in args.results]
+    kind = args.output.suffix.lower()
+    if kind in (".md", ".markdown"):
+        from pytest_llmserve.report.markdown import write_markdown
 
-            write_markdown(args.output, documents)
-        elif args.output.suffix.lower() in (".html", ".htm"):
-            from pytest_llmserve.report.html import write_report
+        write_markdown(args.output, documents)
+    elif kind in (".html", ".htm"):
+        from pytest_llmserve.report.html import write_report
 
-            if args.baselines is not None and not args.baselines.is_dir():
-                raise ConfigError(f"--baselines {args.baselines}: there is no such folder")
-            bases = [path.parent for path in args.results]
-            write_report(args.output, documents, base=bases, baselines=args.baselines)
-        else:
-            raise ConfigError(f"-o {args.output}: name a file that ends in .html or .md")
-    except ConfigError as error:
-        print(f"llmserve report: {error}", file=sys.stderr)
-        return 4
+        if args.baselines is not None and not args.baselines.is_dir():
+            raise ConfigError(f"--baselines {args.baselines}: there is no such folder; name one")
+        bases = [path.parent for path in args.results]
+        write_report(args.output, documents, base=bases, baselines=args.baselines)
+    else:
+        raise ConfigError(f"-o {args.output}: name a file that ends in .html or .md")
     print(args.output)
     return 0
 

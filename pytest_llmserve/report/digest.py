@@ -232,7 +232,6 @@ def command_of(test: str, runs: Sequence[Json]) -> str:
         parts.append("--llmserve-endpoint URL")
     else:
         parts.append(f"--llmserve-engine {shlex.quote(clean(run['engine'], 80))}")
-    parts.append(f"--llmserve-server {shlex.quote(clean(run['server'], 120))}")
     return " ".join(parts)
 
 

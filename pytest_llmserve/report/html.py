@@ -65,7 +65,7 @@ def require() -> None:
     """Raises ConfigError, naming the mend, if the packages of the extra are not installed."""
     if any(find_spec(name) is None for name in ("altair", "vl_convert", "jinja2")):
         raise ConfigError(
-            "--llmserve-report needs packages that are not installed: "
+            "the HTML report (--llmserve-report) needs packages that are not installed: "
             "pip install pytest-llmserve[report]"
         )
 
@@ -466,7 +466,7 @@ class _Page:
             )
         )
         series = (run.get("server_metrics") or {}).get("series") or {}
-        server = server_series(series, record.info.start, self._budget.bins)
+        server = server_series(series, self._budget.bins)
         named = [("in flight (client)", bins["t"], bins["flight"])]
         for name in ("running", "waiting"):
             if name in server:
@@ -546,7 +546,7 @@ class _Page:
             view.notes.append("No baseline runs to draw the distributions against.")
 
     def _history(self, view: RunView, run: Json, stored: LoadBaseline) -> None:
-        from pytest_llmserve.report.series import baseline_trend
+        from pytest_llmserve.report.series import accepted_changes, baseline_trend
 
         for metric in _HISTORY:
             now = value_of(run, metric)
@@ -554,6 +554,11 @@ class _Page:
             if trend is None:
                 continue
             view.baseline_note = trend.caption
+            for run_number, change in accepted_changes(stored):
+                view.baseline_note += (
+                    f" Accepted at run {run_number} ({clean(change.time[:10], 20)}): "
+                    f"{clean(change.reason)}."
+                )
             points = {**trend.points, "text": [show(metric, v) for v in trend.points["v"]]}
             accepted = {**trend.accepted, "reason": [clean(r) for r in trend.accepted["reason"]]}
             view.history.append(

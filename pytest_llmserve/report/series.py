@@ -19,7 +19,7 @@ from pytest_llmserve.load.record import ERRORS, Array, Record
 from pytest_llmserve.metrics.definitions import per_request
 
 if TYPE_CHECKING:
-    from pytest_llmserve.verdict.baseline_file import LoadBaseline, StoredRun
+    from pytest_llmserve.verdict.baseline_file import Accepted, LoadBaseline, StoredRun
 
 Columns = dict[str, list[Any]]
 
@@ -28,7 +28,7 @@ _CANCELLED = ERRORS.index("cancelled")
 _WIDTHS = tuple(m * 10.0**e for e in range(-2, 5) for m in (1, 2, 5))
 #: Shares at which a distribution is drawn: finer where tails are.
 SHARES = np.concatenate(
-    [np.linspace(0, 0.9, 61)[:-1], np.linspace(0.9, 0.99, 31)[:-1], np.linspace(0.99, 1, 11)]
+    [np.linspace(0.005, 0.9, 61)[:-1], np.linspace(0.9, 0.99, 31)[:-1], np.linspace(0.99, 1, 11)]
 )
 
 
@@ -60,7 +60,8 @@ def read_record(base: Path, events: str | None) -> Record | None:
 
 def over_time(record: Record, bins: int) -> tuple[Columns, float]:
     """Output tokens per second and requests in flight as the client saw them, over the whole
-    load, in bins of equal width; and that width in seconds.
+    load, in bins of equal width; and that width in seconds. What came before the load's start
+    (warm-up) is left out.
 
     Columns `t` (start of the bin), `until`, `rate`, `flight` (in flight at the bin's middle).
     """
@@ -69,8 +70,10 @@ def over_time(record: Record, bins: int) -> tuple[Columns, float]:
     length = float(max(record.info.plan_end - start, ends.max(initial=0.0), 1e-6))
     width = next((w for w in _WIDTHS if length / w <= bins), length / bins)
     count = max(1, math.ceil(length / width))
-    where = np.clip(((record.event_time - start) / width).astype(np.int64), 0, count - 1)
-    tokens = np.bincount(where, weights=record.event_tokens, minlength=count)
+    at = record.event_time - start
+    seen = at >= 0
+    where = np.minimum((at[seen] / width).astype(np.int64), count - 1)
+    tokens = np.bincount(where, weights=record.event_tokens[seen], minlength=count)
     edges = np.arange(count) * width
     middles = edges + width / 2
     sent = np.sort(record.sent[~np.isnan(record.sent)] - start)
@@ -86,15 +89,16 @@ def over_time(record: Record, bins: int) -> tuple[Columns, float]:
     return columns, width
 
 
-def server_series(series: Mapping[str, Sequence[float | None]], start: float, most: int) -> Columns:
+def server_series(series: Mapping[str, Sequence[float | None]], most: int) -> Columns:
     """What the server said of itself while it was asked: `t` and each of `running waiting kv_usage`
-    that it gave, every k-th reading if there are more than `most`."""
+    that it gave, every k-th reading if there are more than `most`. Its times are since the
+    record's start already."""
     times = series.get("time") or ()
     gauges = [name for name in ("running", "waiting", "kv_usage") if series.get(name)]
     if not times or any(len(series[name]) != len(times) for name in gauges):
         return {}
     step = max(1, math.ceil(len(times) / most))
-    columns: Columns = {"t": _numbers(np.asarray(times[::step], dtype=float) - start)}
+    columns: Columns = {"t": _numbers(np.array(times[::step], dtype=float))}
     for name in gauges:
         columns[name] = _numbers(np.array(series[name][::step], dtype=float))
     return columns if gauges else {}
@@ -120,11 +124,13 @@ def latencies(record: Record, window: Mapping[str, float | None]) -> dict[str, A
 
 
 def distribution(samples: Array) -> Columns:
-    """The cumulative distribution of samples: `v` (seconds) at each `share` of `SHARES`."""
+    """The cumulative distribution of samples: `v` (seconds) at each `share` of `SHARES`; from the
+    first positive value on, for its axis is logarithmic and coalesced events have no gap."""
     values = samples[np.isfinite(samples)]
     if not values.size:
         return {}
-    return {"v": _digits(np.quantile(values, SHARES)), "share": _numbers(SHARES, 5)}
+    drawn = np.quantile(values, SHARES)
+    return {"v": _digits(drawn[drawn > 0]), "share": _numbers(SHARES[drawn > 0], 5)}
 
 
 def baseline_band(runs: Sequence[StoredRun], metric: str) -> Columns:
@@ -137,7 +143,7 @@ def baseline_band(runs: Sequence[StoredRun], metric: str) -> Columns:
     )
     # A sketch knows nothing between its last two quantiles: leave the extreme tail to the run.
     longest = 1 - 1 / (min(len(s) for s in sketches) - 1)
-    known = longest >= SHARES
+    known = (longest >= SHARES) & (drawn.min(axis=0) > 0)
     return {
         "share": _numbers(SHARES[known], 5),
         "low": _digits(drawn.min(axis=0)[known]),
@@ -165,9 +171,8 @@ def waterfall(record: Record, most: int) -> tuple[Columns, str]:
         sample = rest[_even(len(rest), most - len(special))]
         chosen = np.union1d(special, sample)
         note = (
-            f"{len(chosen):,} of {total:,} requests are drawn: about every "
-            f"{total / max(len(sample), 1):.0f}th, and beside them the {len(slowest):,} with the "
-            f"slowest first token"
+            f"{len(chosen):,} of {total:,} requests are drawn: an even sample, and beside it the "
+            f"{len(slowest):,} with the slowest first token"
         )
         note += f" and {len(failed):,} that failed." if len(failed) else "."
     rows = np.searchsorted(planned, chosen)
@@ -218,7 +223,9 @@ def baseline_trend(
     peers = [
         (i, run)
         for i, run in rows
-        if run.id in current and comparable(run.fingerprint, fingerprint)
+        if run.id in current
+        and metric not in run.uncertified
+        and comparable(run.fingerprint, fingerprint)
     ][-RECENT:]
     points: Columns = {
         "i": [i for i, _ in rows],
@@ -234,16 +241,22 @@ def baseline_trend(
     if len(peers) >= BASELINE_RUNS:
         low, middle, high = _prediction([run.metrics[metric] for _, run in peers])
         band = {"i1": [peers[0][0]], "i2": [last], "low": [low], "middle": [middle], "high": [high]}
-    ids = {run.id: i for i, run in enumerate(load.runs, 1)}
+    changes = accepted_changes(load)
     accepted: Columns = {
-        "i": [ids[a.run] for a in load.accepted if a.run in ids],
-        "reason": [a.reason for a in load.accepted if a.run in ids],
+        "i": [number for number, _ in changes],
+        "reason": [change.reason for _, change in changes],
     }
     caption = f"{len(rows)} stored runs, {rows[0][1].time[:10]} to {rows[-1][1].time[:10]}"
     caption += f"; {len(peers)} are comparable with this run"
     if not band:
         caption += f", and a noise band needs {BASELINE_RUNS}"
     return Trend(points, band, accepted, caption + ".")
+
+
+def accepted_changes(load: LoadBaseline) -> list[tuple[int, Accepted]]:
+    """The worse runs that were accepted, each with its place (from 1) among the stored runs."""
+    ids = {run.id: number for number, run in enumerate(load.runs, 1)}
+    return [(ids[change.run], change) for change in load.accepted if change.run in ids]
 
 
 def _prediction(values: Sequence[float]) -> tuple[float, float, float]:
