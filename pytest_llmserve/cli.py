@@ -1,6 +1,7 @@
 """The `llmserve` command. Each sub-command is two small functions: its arguments, and its work.
 
-Exit status: 0 all right, 1 a regression was found, 2 something the user gave cannot be used.
+Exit status: 0 all right, 1 a regression or a problem was found, 2 something the user gave cannot
+be used.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pytest_llmserve.commands import plan, serve
+from pytest_llmserve.commands import doctor, plan, serve
 from pytest_llmserve.errors import ConfigError, LoadError, ServerError
 
 
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_calibrate(commands)
     plan.add_parser(commands)
     serve.add_parser(commands)
+    doctor.add_parser(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and not getattr(options, "passes_on", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,9 +60,17 @@ def said(process: subprocess.Popen[str], what: str, within: float = 30.0) -> str
     return text
 
 
-def completion(url: str, **body: object) -> dict:
+def completion(url: str, key: str = "", **body: object) -> dict:
     data = json.dumps({"prompt": [1, 2, 3], "max_tokens": 5, **body}).encode()
-    return json.load(urllib.request.urlopen(f"{url}/v1/completions", data, timeout=20))
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url}/v1/completions", data, headers)
+    return json.load(urllib.request.urlopen(request, timeout=20))
+
+
+def key_in(text: str) -> str:
+    path = re.search(r"its API key is in (\S+)", text)
+    assert path is not None
+    return Path(path[1]).read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -70,9 +79,7 @@ def test_the_emulated_engine_serves_until_a_signal(tmp_path: Path, number: int) 
     with serving(tmp_path, *flags, "--served-model-name", "mine") as process:
         text = said(process, "Ready (emulated)")
         assert "EMULATED qwen3-8b on NVIDIA DGX Spark" in text
-        url = URL.search(text)
-        assert url is not None
-        answer = completion(url[1], model="mine")
+        answer = completion(text, model="mine")
         assert answer["usage"]["completion_tokens"] == 5
         process.send_signal(number)
         assert process.wait(timeout=20) == 0
@@ -94,11 +101,11 @@ def test_a_server_config_is_served_and_nothing_is_left(tmp_path: Path) -> None:
     with serving(tmp_path, "--server", "mine", "--engine", "emulator") as process:
         text = said(process, "Ctrl-C ends it")
         assert "EMULATED: no time it takes was measured on real hardware" in text
-        url = URL.search(text)
         log = re.search(r"its log is (\S+);", text)
         assert url is not None
         assert log is not None
-        assert completion(url[1], model="Qwen3-8B")["usage"]["completion_tokens"] == 5
+        answer = completion(url[1], key_in(text), model="Qwen3-8B")
+        assert answer["usage"]["completion_tokens"] == 5
         tree = psutil.Process(process.pid).children(recursive=True)
         assert tree
         process.send_signal(signal.SIGINT)
@@ -115,10 +122,11 @@ def test_a_server_that_ends_by_itself_is_explained(tmp_path: Path) -> None:
         "emulation: {options: {fault: ['crash=tokens:3'], schedule: max-rate}}\n"
     )
     with serving(tmp_path, "--server", "mine.yaml") as process:
-        url = URL.search(said(process, "Ctrl-C ends it"))
+        text = said(process, "Ctrl-C ends it")
+        url = URL.search(text)
         assert url is not None
         with contextlib.suppress(OSError):  # the answer may have left before the crash
-            completion(url[1], model="Qwen3-8B")
+            completion(url[1], key_in(text), model="Qwen3-8B")
         text = said(process, "SIGKILL")
         assert process.wait(timeout=20) == 2
     log = re.search(r"Its log: (\S+)", text)

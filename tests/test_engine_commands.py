@@ -118,6 +118,16 @@ def test_ollama_gets_its_address_by_the_environment():
     assert get_engine("ollama").environment(config("ollama"))["OLLAMA_HOST"] == "127.0.0.1:{port}"
 
 
+def test_keys_go_by_the_environment():
+    keys = {name: get_engine(name).api_key for name in MODULES if get_engine(name).api_key}
+    assert keys == {
+        "vllm": "VLLM_API_KEY",
+        "llama.cpp": "LLAMA_API_KEY",
+        "emulator": "LLMSERVE_EMULATOR_API_KEY",
+    }
+    assert words("emulator")[-2:] == ["--api-key-env", keys["emulator"]]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_every_engine_is_whole(name):
     engine = get_engine(name)

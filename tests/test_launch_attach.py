@@ -174,9 +174,12 @@ def test_the_emulated_engine_is_launched_and_says_so(emulated):
     assert server.version
 
 
-def test_the_emulated_engine_behind_a_url_is_found_out(emulated):
+def test_the_emulated_engine_behind_a_url_is_found_out(emulated, monkeypatch):
     manager, server = emulated
-    config = attached(server.endpoint)
+    with pytest.raises(ServerError, match=r"wants an API key \(HTTP status 401\)"):
+        attach(attached(server.endpoint))
+    monkeypatch.setenv("ITS_KEY", server.api_key)
+    config = attached(server.endpoint, api_key_env="ITS_KEY")
     found = manager.get(config, get_engine("attach"), lambda _: None)
     assert (found.engine, found.emulated) == ("emulator", True)
     assert found.effective == server.effective

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from pytest_llmserve.engines import get_engine
 from pytest_llmserve.errors import ServerError
+from pytest_llmserve.launch.cuda import driver_cuda
 from pytest_llmserve.launch.manager import ServerManager
 from pytest_llmserve.launch.preflight import (
     examine,
@@ -23,11 +25,12 @@ from pytest_llmserve.launch.preflight import (
     memory_finding,
     requirements,
 )
-from pytest_llmserve.servers import ProcessRunner, ServerConfig
+from pytest_llmserve.servers import ContainerRunner, ProcessRunner, ServerConfig
 from tests.launching import fake_config, fake_engine
 
 VLLM = get_engine("vllm")
 H200 = ("NVIDIA H200", "580.1", "143771", "143000")
+CUDA = "CUDA Version        : 13.0"
 SPARK = ("NVIDIA GB10", "580.1", "[N/A]", "[N/A]")  # no memory of its own
 
 
@@ -47,6 +50,7 @@ def nvidia_smi(tmp_path, monkeypatch):
         ):
             rows = [f"echo '{', '.join(gpu[i] for i in fields)}'" for gpu in gpus]
             lines.append(f"--query-gpu={query}) " + "; ".join(rows) + ";;")
+        lines.append(f"--version) echo 'NVML version        : 580.1'; echo '{CUDA}' ;;")
         program.write_text("\n".join([*lines, "esac", ""]))
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
@@ -153,6 +157,106 @@ def test_port():
         (fail,) = told(requirements(config(gpus=0, port=port), VLLM), "fail")
     assert f"port: {port} of 127.0.0.1 cannot be used (Address already in use): leave" in fail
     assert told(requirements(config(gpus=0, port=port), VLLM), "fail") == []
+
+
+@pytest.fixture
+def engine_built_with(tmp_path):
+    """Makes a program of a Python engine whose PyTorch was built with this CUDA."""
+
+    def make(cuda):
+        torch = tmp_path / "site" / "torch"
+        torch.mkdir(parents=True, exist_ok=True)
+        (torch / "__init__.py").write_text("raise ImportError('it is not to be imported')\n")
+        (torch / "version.py").write_text(f"__version__ = '2.9'\ncuda: str | None = {cuda!r}\n")
+        python = tmp_path / "python3"
+        python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "site"} exec {sys.executable} "$@"\n')
+        script = tmp_path / "vllm"
+        script.write_text(f"#!{python}\nraise SystemExit\n")
+        for path in (python, script):
+            path.chmod(0o755)
+        return {"interpreter": str(python)}, {"executable": str(script)}
+
+    return make
+
+
+@pytest.mark.parametrize("started_by", [0, 1], ids=["interpreter", "script"])
+@pytest.mark.parametrize(
+    ("built", "level", "part"),
+    [
+        ("12.9", "ok", "the driver runs CUDA up to 13.0, the engine was built with 12.9"),
+        ("13.0", "ok", "the engine was built with 13.0"),
+        ("13.1", "warn", "update the driver if kernels do not load"),
+        ("14.0", "fail", "update the driver, or install a build of the engine for CUDA 13"),
+        (None, "ok", "what the engine was built with cannot be told"),
+    ],
+)
+def test_driver_against_the_engine(nvidia_smi, engine_built_with, started_by, built, level, part):
+    nvidia_smi(H200)
+    made = config(runner=ProcessRunner(**engine_built_with(built)[started_by]))
+    (finding,) = [f for f in requirements(made, VLLM) if f.what.startswith("cuda:")]
+    assert finding.level == level
+    assert part in str(finding)
+
+
+def test_cuda_is_not_asked_for_without_a_gpu(nvidia_smi, engine_built_with):
+    nvidia_smi(H200)
+    made = config(gpus=0, runner=ProcessRunner(**engine_built_with("14.0")[0]))
+    assert not [f for f in requirements(made, VLLM) if f.what.startswith("cuda:")]
+
+
+def test_driver_that_has_its_cuda_in_the_table_only(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    table = "| NVIDIA-SMI 535.1   Driver Version: 535.1   CUDA Version: 12.2     |"
+    program.write_text(f"#!/bin/sh\n[ $# = 0 ] && echo '{table}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert driver_cuda() == (12, 2)
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert driver_cuda() is None
+
+
+@pytest.fixture
+def runtime(tmp_path):
+    """A container runtime that has one image, built with CUDA 14."""
+    program = tmp_path / "podman"
+    known = '["PATH=/usr/bin","CUDA_VERSION=14.0.1"]'
+    program.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = version ] && exit 0\n'
+        f"""[ "$1 $2 $5" = "image inspect known:1" ] && echo '{known}' && exit 0\n"""
+        "exit 125\n"
+    )
+    program.chmod(0o755)
+    return str(program)
+
+
+def test_image(nvidia_smi, runtime):
+    nvidia_smi(H200)
+    here = config(runner=ContainerRunner(image="known:1", runtime=runtime))
+    findings = examine(here, VLLM)
+    assert "image: known:1 is here" in told(findings, "ok")
+    (warning,) = [text for text in told(findings, "warn") if text.startswith("cuda")]
+    assert "up to 13.0, the engine was built with 14.0" in warning, "images may bring libraries"
+    absent = config(runner=ContainerRunner(image="other:1", runtime=runtime))
+    (warning,) = [text for text in told(examine(absent, VLLM), "warn") if "image" in text]
+    assert "other:1 is not here: it is pulled at the first start" in warning
+    assert "`podman pull other:1`" in warning
+
+
+def test_key_on_a_command_line_is_refused():
+    made = config(gpus=0, args={"api_key": "sk-secret"})
+    (fail,) = told(requirements(made, VLLM), "fail")
+    assert fail.startswith("args: api-key would be on a command line")
+    assert "sk-secret" not in fail
+
+
+@pytest.mark.parametrize("name", ["sglang", "tensorrt-llm", "ollama"])
+def test_key_for_an_engine_that_takes_none_from_its_environment(name):
+    engine = get_engine(name)
+    assert engine.api_key == ""
+    made = config(engine=name, gpus=0, api_key_env="MY_KEY")
+    (fail,) = told(requirements(made, engine), "fail")
+    assert fail == f"api_key_env: {engine.notes['key']}: take it out"
 
 
 def test_nothing_is_asked_of_an_endpoint_or_the_emulated_engine():

@@ -10,6 +10,9 @@ from pytest_llmserve.engines import Engine, Failure, Fetch
 from pytest_llmserve.engines.options import option_words
 from pytest_llmserve.servers import Emulation, ServerConfig
 
+#: The variable in which the launcher hands over the key.
+API_KEY = "LLMSERVE_EMULATOR_API_KEY"
+
 # Options of the real engines that mean the same to the emulator: their names, without dashes or
 # underscores → ours. Everything else in `args` is for the real engine alone.
 _SHARED = {
@@ -45,10 +48,8 @@ def command(config: ServerConfig, port: int) -> list[str]:
     words = ["--host", config.host, "--port", str(port), "--served-model-name", name]
     words += ["--model", emulation.model, "--hardware", emulation.hardware]
     words += ["--weights", emulation.weights, "--kv", emulation.kv]
-    if config.api_key_env:
-        words += ["--api-key-env", config.api_key_env]
     options = shared(config.args) | {_plain(k): v for k, v in emulation.options.items()}
-    return words + option_words(options, repeated=("fault",))
+    return [*words, *option_words(options, repeated=("fault",)), "--api-key-env", API_KEY]
 
 
 def shared(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,6 +149,7 @@ ENGINE = Engine(
     version=version,
     effective=effective,
     needs_gpu=False,
+    api_key=API_KEY,
     owned_by="pytest-llmserve-emulator",
     metrics_prefix="vllm:",
     notes={"emulated": "no time it takes was measured on the hardware it imitates"},

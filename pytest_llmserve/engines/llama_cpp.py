@@ -1,4 +1,7 @@
-"""llama.cpp's `llama-server`. Source: its tools/server/README.md. By contract, not run here."""
+"""llama.cpp's `llama-server`. By contract, not run here.
+
+Sources: tools/server/README.md and common/arg.cpp of its public repository.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +97,7 @@ ENGINE = Engine(
     version=version,
     effective=effective,
     needs_gpu=False,
+    api_key="LLAMA_API_KEY",
     owned_by="llamacpp",
     metrics_prefix="llamacpp:",
     notes={"stream": "comment lines (`:`) keep the connection alive while a request waits"},

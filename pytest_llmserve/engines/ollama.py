@@ -57,6 +57,7 @@ ENGINE = Engine(
     owned_by="library",
     metrics="",
     notes={
+        "key": "Ollama asks for no key",
         "parallel": "OLLAMA_NUM_PARALLEL is 1 unless `env` sets it, so that users queue",
         "length": "the end of a text cannot be ignored: output may be shorter than asked for",
     },

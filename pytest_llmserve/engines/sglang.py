@@ -129,4 +129,5 @@ ENGINE = Engine(
     effective=effective,
     owned_by="sglang",
     metrics_prefix="sglang:",
+    notes={"key": "SGLang takes a key on its command line only, and prints it into its log"},
 )

@@ -160,6 +160,7 @@ ENGINE = Engine(
     metrics="/prometheus/metrics",
     metrics_prefix="trtllm_",
     notes={
+        "key": "trtllm-serve asks for no key",
         "metrics": "/metrics is JSON that each read drains: read /prometheus/metrics instead",
         "stream": "the role chunk has no content; chunks with empty text may carry tokens",
     },

@@ -7,6 +7,7 @@ are never on the command line: `--env NAME` takes them from the client's own env
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -124,6 +125,19 @@ def stop_command(runtime: str, name: str, timeout: float) -> list[str]:
 def kill_command(runtime: str, name: str) -> list[str]:
     """Ends and removes the container at once; harmless if there is none."""
     return [runtime, "rm", "--force", name]
+
+
+def image_variables(runtime: str, image: str) -> dict[str, str] | None:
+    """The variables that an image sets; None if it is not on this machine."""
+    line = [runtime, "image", "inspect", "--format", "{{json .Config.Env}}", image]
+    try:
+        told = subprocess.run(line, capture_output=True, text=True, timeout=30, check=False)
+        words = json.loads(told.stdout) if told.returncode == 0 else None
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
+    if told.returncode:
+        return None
+    return dict(word.split("=", 1) for word in words or () if "=" in word)
 
 
 def make_mounts(config: ServerConfig) -> None:

@@ -23,6 +23,7 @@ from pytest_llmserve.engines.models import hub_name
 from pytest_llmserve.engines.options import value_of
 from pytest_llmserve.errors import ServerError
 from pytest_llmserve.launch import container, process
+from pytest_llmserve.launch.cuda import driver_cuda, engine_cuda
 from pytest_llmserve.launch.gpus import visible_gpus
 from pytest_llmserve.servers import ContainerRunner, ServerConfig
 
@@ -58,8 +59,10 @@ def examine(config: ServerConfig, engine: Engine) -> list[Finding]:
 def requirements(config: ServerConfig, engine: Engine) -> list[Finding]:
     """What the machine must have, whoever uses it now: model, GPUs, disk, port."""
     return [
+        *_key(config, engine),
         *_model(config, engine),
         *_gpu(config),
+        *_cuda(config, engine),
         *_disk(config),
         *_port(config),
     ]
@@ -79,12 +82,37 @@ def memory(config: ServerConfig, engine: Engine) -> list[Finding]:
 def _program(config: ServerConfig, engine: Engine) -> Iterator[Finding]:
     try:
         if isinstance(config.runner, ContainerRunner):
-            yield Finding("ok", f"containers: {container.find_runtime(config.runner.runtime)}")
+            runtime = container.find_runtime(config.runner.runtime)
+            yield Finding("ok", f"containers: {runtime}")
+            yield _image(runtime, config.runner.image)
         else:
             words = process.program_words(config, engine)
             yield Finding("ok", f"program: {' '.join(words)}")
     except ServerError as error:
         yield Finding("fail", str(error).rstrip("."))
+
+
+def _image(runtime: str, image: str) -> Finding:
+    if container.image_variables(runtime, image) is not None:
+        return Finding("ok", f"image: {image} is here")
+    return Finding(
+        "warn",
+        f"image: {image} is not here",
+        "it is pulled at the first start, which takes minutes; pull it before "
+        f"(`{Path(runtime).name} pull {image}`), or raise ready_timeout",
+    )
+
+
+def _key(config: ServerConfig, engine: Engine) -> Iterator[Finding]:
+    if value_of(config.args, "api-key") is not None:
+        yield Finding(
+            "fail",
+            "args: api-key would be on a command line, where every user can read it",
+            "take it out: where the engine reads a key from its environment one is made up, or "
+            "taken from the variable that api_key_env names",
+        )
+    if config.api_key_env and "key" in engine.notes:
+        yield Finding("fail", f"api_key_env: {engine.notes['key']}", "take it out")
 
 
 def _model(config: ServerConfig, engine: Engine) -> Iterator[Finding]:
@@ -143,9 +171,31 @@ def _gpu(config: ServerConfig) -> Iterator[Finding]:
             "check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or lower it",
         )
         return
-    rows = _query("name,driver_version")
+    rows = gpu_rows("name,driver_version")
     named = f" ({', '.join(rows[0])})" if rows else ""
     yield Finding("ok", f"gpus: {len(known)} visible, {config.gpus} needed{named}")
+
+
+def _cuda(config: ServerConfig, engine: Engine) -> Iterator[Finding]:
+    driver = driver_cuda() if config.gpus else None
+    if driver is None:
+        return
+    runs = f"the driver runs CUDA up to {driver[0]}.{driver[1]}"
+    built = engine_cuda(config, engine)
+    if built is None:
+        yield Finding("ok", f"cuda: {runs}; what the engine was built with cannot be told")
+        return
+    what = f"cuda: {runs}, the engine was built with {built[0]}.{built[1]}"
+    if built <= driver:
+        yield Finding("ok", what)
+    elif built[0] == driver[0]:
+        yield Finding("warn", what, "update the driver if kernels do not load")
+    elif isinstance(config.runner, ContainerRunner):
+        # Images may hold libraries for newer programs on older drivers; not all GPUs take them.
+        yield Finding("warn", what, "update the driver if the engine finds no GPU")
+    else:
+        mend = f"update the driver, or install a build of the engine for CUDA {driver[0]}"
+        yield Finding("fail", what, mend)
 
 
 def memory_finding(total: int, free: int, share: float | None, *, unified: bool) -> Finding:
@@ -171,7 +221,7 @@ def gpu_memory() -> tuple[int, int, bool]:
 
     A GPU that has no memory of its own (GB10) reports none. (0, 0, False): no GPU answers.
     """
-    rows = _query("memory.total,memory.free")
+    rows = gpu_rows("memory.total,memory.free")
     sizes = [tuple(int(v) * 2**20 for v in row) for row in rows if all(v.isdigit() for v in row)]
     if sizes:
         total, free = min(sizes)
@@ -182,7 +232,8 @@ def gpu_memory() -> tuple[int, int, bool]:
     return 0, 0, False
 
 
-def _query(fields: str) -> list[list[str]]:
+def gpu_rows(fields: str) -> list[list[str]]:
+    """What nvidia-smi says about these fields (`name,driver_version`), a row each GPU."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -197,18 +248,20 @@ def _query(fields: str) -> list[list[str]]:
 
 
 def _disk(config: ServerConfig) -> Iterator[Finding]:
-    if config.gpus == 0 or not config.model or is_cached(hub_name(config.model)):
-        return
-    folder = hub_cache()
+    if config.gpus and config.model and not is_cached(hub_name(config.model)):
+        yield disk_finding(hub_cache())
+
+
+def disk_finding(folder: Path) -> Finding:
+    """Whether the disk of a folder, which need not exist yet, has room for models."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     what = f"disk: {free / 1e9:.0f} GB are free for models in {folder}"
     if free >= CACHES:
-        yield Finding("ok", what)
-    else:
-        mend = f"free {CACHES / 1e9:.0f} GB, or set HF_HOME to a folder on a larger disk"
-        yield Finding("warn", what, mend)
+        return Finding("ok", what)
+    mend = f"free {CACHES / 1e9:.0f} GB, or set HF_HOME to a folder on a larger disk"
+    return Finding("warn", what, mend)
 
 
 def _port(config: ServerConfig) -> Iterator[Finding]:
