@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pytest_llmserve.emulator.settings import acceptance_for, parse
-from pytest_llmserve.engines.emulator import ENGINE
+from pytest_llmserve.engines.emulator import API_KEY, ENGINE
 from pytest_llmserve.errors import ConfigError
 from pytest_llmserve.servers import Emulation, ServerConfig
 
@@ -25,7 +25,14 @@ def test_the_default_is_qwen3_8b_on_a_spark() -> None:
     assert settings.max_model_len == 40_960
 
 
-def test_a_server_config_becomes_a_command_line_that_is_understood() -> None:
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the launcher hands over beside the command."""
+    monkeypatch.setenv(API_KEY, "a key")
+    return "a key"
+
+
+def test_a_server_config_becomes_a_command_line_that_is_understood(key: str) -> None:
     config = ServerConfig(
         name="x",
         engine="emulator",
@@ -49,6 +56,7 @@ def test_a_server_config_becomes_a_command_line_that_is_understood() -> None:
     )
     settings = parse(ENGINE.command(config, 8123))
     assert (settings.port, settings.served) == (8123, ("nvidia/Qwen3-8B-NVFP4",))
+    assert settings.api_key == key
     assert (settings.policy.max_num_seqs, settings.policy.max_num_batched_tokens) == (30, 4096)
     assert (settings.max_model_len, settings.block_size) == (4096, 64)
     assert not settings.prefix_caching
@@ -58,6 +66,7 @@ def test_a_server_config_becomes_a_command_line_that_is_understood() -> None:
     assert [fault.name for fault in settings.faults] == ["stall", "fragment"]
 
 
+@pytest.mark.usefixtures("key")
 def test_names_of_other_engines_mean_the_same() -> None:
     config = ServerConfig(
         name="x", engine="emulator", model="m",
