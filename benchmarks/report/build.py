@@ -4,8 +4,8 @@
 
 Makes one result of so many requests by arithmetic (not a measurement), then builds the report of
 one such run and of many in processes of their own, from `import` to the written file, on two cores
-where the system can be told so. Medians of `--repeat` builds; CPU time says what it costs where other
-work keeps the machine busy. The time to beat for one run is 5 s, the size for 50 is 6 MB.
+where the system can be told so. Medians of `--repeat` builds; CPU time says what it costs where
+other work keeps the machine busy. The time to beat for one run is 5 s, the size for 50 is 6 MB.
 """
 
 from __future__ import annotations
