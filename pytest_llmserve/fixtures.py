@@ -186,14 +186,22 @@ class Load:
                     test=self.record.nodeid,
                     record_path=path,
                     alive=lambda: self.session.manager.alive(self.server),
+                    ended=self._ended,
                     progress=progress,
                     allow_errors=allow_errors,
                 )
         except LoadError as error:
-            reason = self.session.manager.exit_reason(self.server)
+            reason = self._ended()
             stop_test(LoadError(f"{error} {reason}") if reason else error)
         self.record.measured.append(Measured(run, str(path), validate, allow_errors))
         return run
+
+    def _ended(self) -> str | None:
+        """Why the server is not there any more; None while it is. Its log is kept then."""
+        reason = self.session.manager.exit_reason(self.server)
+        if reason:
+            self.session.kept = True
+        return reason
 
     def present(self) -> Load:
         """The same load on a server that runs: one that had to make room on the GPU for another

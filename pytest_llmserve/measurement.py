@@ -50,10 +50,13 @@ def take(
     test: str,
     record_path: Path,
     alive: Callable[[], bool],
+    ended: Callable[[], str | None] = lambda: None,
     progress: Callable[[Progress], None] | None = None,
     allow_errors: float = 0.0,
 ) -> tuple[Run, Validate]:
     """Measure one load. The record is kept at `record_path`.
+
+    `alive` tells whether the server is there, and `ended` why it is not, for who reads the result.
 
     What a client may be late depends on what is asserted, so the run comes with a function that
     checks it again for the bounds of a verdict. Raises LoadError if the load could not be driven
@@ -70,6 +73,7 @@ def take(
     counters = delta(before, _settled(server, engine))
     metrics = measure(record, plan)
     lives = alive()
+    why = None if lives else ended()
 
     def validate(bounds: Mapping[str, float]) -> tuple[Check, ...]:
         return check(
@@ -80,6 +84,7 @@ def take(
             bounds=bounds,
             allow_errors=allow_errors,
             alive=lives,
+            ended=why,
         )
 
     run = Run(

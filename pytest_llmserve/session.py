@@ -25,14 +25,12 @@ class Session:
     """The state of one pytest process; made on first use, never in a run that needs none of it.
 
     `run_dir` holds server logs and records of this run; `owner_pid` is the process whose end
-    ends all servers (the controller). `kept` is set when something in `run_dir` is worth reading
-    afterwards, such as the log of a failed start.
+    ends all servers (the controller).
     """
 
     settings: Settings
     run_dir: Path
     owner_pid: int
-    kept: bool = False
     _manager: ServerManager | None = field(default=None, repr=False)
     _lock: Any = field(default=None, repr=False)
 
@@ -43,6 +41,17 @@ class Session:
 
             self._manager = ServerManager(self.run_dir, self.owner_pid)
         return self._manager
+
+    @property
+    def kept(self) -> bool:
+        """Whether something in `run_dir` is worth reading afterwards, such as the log of a failed
+        start. Any process of the run may set it; the controller clears up."""
+        return (self.run_dir / "kept").exists()
+
+    @kept.setter
+    def kept(self, kept: bool) -> None:
+        mark = self.run_dir / "kept"
+        mark.touch() if kept else mark.unlink(missing_ok=True)
 
     def serve(self, config: ServerConfig, progress: Callable[[str], None]) -> Server:
         """The running server for a config, started if it is not there yet."""

@@ -59,16 +59,18 @@ def check(
     bounds: Mapping[str, float],
     allow_errors: float = 0.0,
     alive: bool = True,
+    ended: str | None = None,
 ) -> tuple[Check, ...]:
     """All validity checks of one load.
 
     `metrics` is `measure`'s result; `counters` the growth of the server's counters over the
     whole load, warm-up included (`metrics.server.delta`; empty if it has none); `bounds` the
     bounds of the objectives on latencies, by metric (`{"ttft.p95": 0.5}`); `allow_errors` the
-    part of the requests that may fail; `alive` whether the server still answers.
+    part of the requests that may fail; `ended` why the server has ended, if that is known;
+    `alive` whether the server still answers.
     """
     made = (
-        _alive(alive),
+        _alive(alive, ended),
         _complete(record),
         _window(metrics),
         _rate(record, metrics, plan),
@@ -88,9 +90,11 @@ def check(
     return tuple(found for found in made if found is not None)
 
 
-def _alive(alive: bool) -> Check:
-    detail = "the server answered to the end" if alive else "the server ended during the load"
-    return Check("server_alive", alive, detail)
+def _alive(alive: bool, ended: str | None) -> Check:
+    if alive:
+        return Check("server_alive", True, "the server answered to the end")
+    why = f": {ended.removeprefix('the server ')}" if ended else ""
+    return Check("server_alive", False, f"the server ended during the load{why}")
 
 
 def _complete(record: Record) -> Check:
