@@ -42,8 +42,11 @@ from pytest_llmserve.metrics.roofline import (
 )
 from pytest_llmserve.verdict.slo import Objective
 
-#: More users than this are not simulated: it would take minutes.
-MOST_USERS = 512
+#: More users than this are not planned: a simulation of them takes minutes.
+MOST_USERS = 4096
+
+#: More users than this, if no more are asked for, are not searched for those that meet objectives.
+_SEARCHED = 512
 
 #: Requests a plan simulates at least, so that p95 of the time to first token means something.
 _SAMPLES = 384
@@ -269,7 +272,7 @@ def arithmetic(case: Case, users: int) -> list[Line]:
              f"{amount(prompt.compute, 's')}) + {amount(prompt.overhead, 's')}",
              prompt.total, "s"),
         Line("mean_step", "a step with its share of prompts",
-             f"{mean.tokens - decode.tokens:.3g} prompt tokens beside "
+             f"{mean.tokens - decode.tokens:.4g} prompt tokens beside "
              f"{decode.tokens:.4g} of decoding", case.step(mean).total, "s"),
     ]  # fmt: skip
     assert length >= 2
@@ -368,7 +371,7 @@ class _Search:
         fit = self._case.users_that_fit
         if not (self._upper or self._lower):
             return UserRange(1, fit, f"{_users(fit)} fit in memory; no objective was given")
-        top = min(fit, MOST_USERS)
+        top = min(fit, max(_SEARCHED, self._users))
         most, beyond = _last(top, lambda n: not self._missed(n, self._upper), self._near)
         if most == 0:
             return UserRange(None, None, f"one user alone has {self._why(1, self._upper)}")
@@ -482,7 +485,7 @@ def _compute_binds_from(case: Case) -> int | None:
 
 def _numbers(users: int, most: int) -> list[int]:
     """Numbers of users for a curve: powers of two, those asked for, and the most that are met."""
-    shown = min(most, 4 * users, MOST_USERS)
+    shown = min(most, 4 * users, _SEARCHED)
     top = max(users, shown)
     powers = {2**i for i in range(int(math.log2(top)) + 1)}
     return sorted(powers | {users, shown})

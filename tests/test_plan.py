@@ -88,8 +88,8 @@ def test_expected_rates_stay_below_the_ceiling(
     assert all(math.isfinite(value) for value in found.values())
 
 
-@settings(max_examples=20, deadline=None)
-@given(users=st.integers(1, 12), prompt=st.integers(1, 300), output=st.integers(2, 30))
+@settings(max_examples=40, deadline=None)
+@given(users=st.integers(1, 12), prompt=st.integers(1, 40), output=st.integers(8, 30))
 def test_the_simulation_agrees_with_the_mean_step(users: int, prompt: int, output: int) -> None:
     """Where bandwidth binds, each user gets a token in each mean step but the one that has begun
     when its next request comes."""
@@ -130,7 +130,7 @@ def test_users_within_objectives_are_those_that_meet_them() -> None:
     found = user_range(QUICK, objectives)
     assert found.least is not None
     assert found.most is not None
-    assert 1 < found.least < found.most < MOST_USERS
+    assert 1 < found.least < found.most < 512
     for users in (found.least, found.most):
         seen = QUICK.expect(users)
         assert all(objective.met(seen.value(objective.metric)) for objective in objectives)

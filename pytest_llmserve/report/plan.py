@@ -45,7 +45,7 @@ def as_text(plan: Plan) -> str:
         *_columns(*_curve(plan)),
     ]
     if plan.lifts:
-        parts += ["", f"What would lift it, for {plan.users} users:", ""]
+        parts += ["", f"What would lift it, and by how much, for {plan.users} users:", ""]
         parts += _columns(*_lifts(plan))
     return "\n".join([*parts, "", _note(plan), ""])
 
@@ -59,7 +59,7 @@ def as_markdown(plan: Plan) -> str:
         parts += ["", sentence]
     parts += ["", *_pipes(*_curve(plan))]
     if plan.lifts:
-        parts += ["", f"What would lift it, for {plan.users} users:", ""]
+        parts += ["", f"What would lift it, and by how much, for {plan.users} users:", ""]
         parts += _pipes(*_lifts(plan))
     return "\n".join([*parts, "", _note(plan), ""])
 
