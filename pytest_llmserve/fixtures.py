@@ -174,6 +174,7 @@ class Load:
 
     def again(self, plan: LoadPlan, *, allow_errors: float = 0.0) -> Run:
         """Measure a plan as it stands; with another seed it is an independent repeat."""
+        from pytest_llmserve.load.calibration import for_run
         from pytest_llmserve.measurement import record_name, take
         from pytest_llmserve.report.progress import live_load
 
@@ -189,6 +190,7 @@ class Load:
                     ended=self._ended,
                     progress=progress,
                     allow_errors=allow_errors,
+                    calibration=for_run(self.session.run_dir),
                 )
         except LoadError as error:
             reason = self._ended()

@@ -25,6 +25,7 @@ from pytest_llmserve.verdict.hardware import describe
 from pytest_llmserve.verdict.validity import check
 
 if TYPE_CHECKING:
+    from pytest_llmserve.load.calibration import Calibration
     from pytest_llmserve.servers import Server
 
 #: A server may count the last tokens a moment after it has sent them; so long it is waited for.
@@ -53,6 +54,7 @@ def take(
     ended: Callable[[], str | None] = lambda: None,
     progress: Callable[[Progress], None] | None = None,
     allow_errors: float = 0.0,
+    calibration: Calibration | None = None,
 ) -> tuple[Run, Validate]:
     """Measure one load. The record is kept at `record_path`.
 
@@ -61,6 +63,7 @@ def take(
     What a client may be late depends on what is asserted, so the run comes with a function that
     checks it again for the bounds of a verdict. Raises LoadError if the load could not be driven
     at all; a load that was driven but is no measurement has failed checks in `Run.validity`.
+    `calibration` is the client's own error on this machine, if it is known.
     """
     engine = get_engine(server.engine)
     target = target_of(server, engine, plan)
@@ -85,6 +88,7 @@ def take(
             allow_errors=allow_errors,
             alive=lives,
             ended=why,
+            calibration=calibration,
         )
 
     run = Run(

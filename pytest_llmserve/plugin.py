@@ -28,6 +28,7 @@ from pytest_llmserve.fixtures import (
 from pytest_llmserve.outcome import decide, forget, store_baselines
 
 if TYPE_CHECKING:
+    from pytest_llmserve.load.calibration import Calibration
     from pytest_llmserve.session import Session
 
 __all__ = ["ab", "baseline", "llm_server", "load", "slo"]
@@ -196,6 +197,7 @@ class Results:
         self._skipped: set[str] = set()
         self._unused: tuple[Path, ...] = ()
         self._problems: list[str] = []
+        self._client: Calibration | str | None = None
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.skipped:
@@ -215,9 +217,11 @@ class Results:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if not self._tests:
             return
+        from pytest_llmserve.load.calibration import of_run
         from pytest_llmserve.report.write import write_all
 
-        self._problems = write_all(self._settings, self._tests)
+        self._client = of_run(_run_dir(session.config))
+        self._problems = write_all(self._settings, self._tests, self._client)
         if self._problems and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.USAGE_ERROR
         self._unused = self._find_unused(session.config, exitstatus)
@@ -237,6 +241,6 @@ class Results:
         if self._tests:
             from pytest_llmserve.report.terminal import write_summary
 
-            write_summary(terminalreporter, self._tests, self._settings, self._unused)
+            write_summary(terminalreporter, self._tests, self._settings, self._unused, self._client)
         for problem in self._problems:
             terminalreporter.write_line(f"llmserve: {problem}", red=True)

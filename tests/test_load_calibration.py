@@ -18,8 +18,8 @@ def test_errors_are_what_the_client_says_beyond_the_log(tmp_path):
     log.write_text(
         "request,token,due,before,after\n"
         "a,0,1.0,0,0\nb,0,1.5,0,0\n"
-        "a,1,2.0,2.000,2.1\nb,1,2.5,2.500,2.6\n"
-        "a,2,2.7,2.700,2.8\nb,2,2.9,2.900,3.0\na,3,3.0,3.0,3.1\n"
+        "a,1,2.0,2.000,2.0001\nb,1,2.5,2.500,2.5001\n"
+        "a,2,2.7,2.700,2.7001\nb,2,2.9,2.900,2.9001\na,3,3.0,3.0,3.0001\n"
     )
     found = compare(
         np.array([2.501, 2.001, 0.5]),

@@ -2,7 +2,11 @@
 
 The emulator's exact schedule sends each token at a planned time and logs when it really left.
 The client's own figures are compared with that log: what differs is the error of the client
-(and of the path between two processes of one machine), whatever the server did.
+(and of the path between two processes of one machine), whatever the server did. How many events a
+second it can record is measured on sockets of its own.
+
+Measured before the first load of a pytest run, in under two seconds, and kept in the user's cache
+folder for machine and versions.
 """
 
 from __future__ import annotations
@@ -10,21 +14,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 
 import pytest_llmserve
 from pytest_llmserve.emulator.truth import read_truth
 from pytest_llmserve.errors import LoadError
+from pytest_llmserve.load.client import Client, Exchange
 from pytest_llmserve.load.control import drive
 from pytest_llmserve.load.plan import LoadPlan, Target, Workload, closed_loop
 from pytest_llmserve.load.worker import CLIENT_VERSION
@@ -35,12 +44,19 @@ if TYPE_CHECKING:
     from pytest_llmserve.load.record import Array, Record
 
 #: The schedule the client is measured against: short, but with the gaps of a fast server.
-TTFT, TPOT = 0.05, 0.01
-USERS, TOKENS, DURATION = 8, 40, 0.5
+TTFT, TPOT = 0.02, 0.004
+USERS, TOKENS, DURATION = 8, 25, 0.4
+#: How many streams bring an event each, and how often, to see how fast they can be recorded.
+STREAMS, ROUNDS = 64, 30
 
 MODEL = "calibration"
 
+#: Errors (p99 of TTFT and ITL) beyond these are the machine's mood more than the client: measured
+#: a second time, and not kept for the next run.
+POOR_TTFT, POOR_ITL = 1e-3, 0.2e-3
+
 _START = 20.0
+_SEND = 0.2e-3  # a server that took longer to send does not know when it was sent
 _IDS = tuple(range(1000, 1200))
 
 
@@ -51,15 +67,22 @@ class Calibration:
     `ttft_error`: reported − true, from the request's arrival at the server to the first token's
     departure; `itl_error`: its size for each gap; `pacing_error`: sent − intended. `cpu_per_event`
     is the client's CPU time, decoding included, for each token at this low rate, where every
-    token wakes it up; `timestamps` as in the record; `events` how many were compared.
+    token wakes it up; `events_limit` the events it can record in a second of CPU time when many
+    streams bring one each; `timestamps` as in the record; `events` how many were compared.
     """
 
     ttft_error: dict[str, float]
     itl_error: dict[str, float]
     pacing_error: dict[str, float]
     cpu_per_event: float
+    events_limit: float
     timestamps: str
     events: int
+
+    @property
+    def poor(self) -> bool:
+        """Whether something disturbed the measurement."""
+        return self.ttft_error["p99"] > POOR_TTFT or self.itl_error["p99"] > POOR_ITL
 
     def as_dict(self) -> dict[str, Any]:
         """For the result file."""
@@ -70,7 +93,8 @@ class Calibration:
 class Errors:
     """Errors of a client against a truth log, in seconds: one `ttft` a request, one `itl` a gap.
 
-    `unmatched` requests of the record are not in the log.
+    `unmatched` requests of the record are not in the log; times that the server does not know,
+    because it was interrupted while it sent, are left out.
     """
 
     ttft: Array
@@ -88,11 +112,13 @@ def compare(first: Array, ttft: Array, gaps: list[Array], log: Path) -> Errors:
     """
     arrivals: dict[str, float] = {}
     left: dict[str, list[float]] = {}
+    unknown: dict[str, list[bool]] = {}
     for event in read_truth(log):
         if event.token == 0:
             arrivals[event.request] = event.due
         else:
             left.setdefault(event.request, []).append(event.before)
+            unknown.setdefault(event.request, []).append(event.after - event.before > _SEND)
     names = sorted(left, key=lambda name: left[name][0])
     starts = np.array([left[name][0] for name in names])
     # The stamp is taken inside `send`, so after `before`; 2 µs allow for the two clocks.
@@ -101,10 +127,11 @@ def compare(first: Array, ttft: Array, gaps: list[Array], log: Path) -> Errors:
     for i, reported, between in zip(place, ttft, gaps, strict=True):
         if i < 0:
             continue
-        true = np.array(left[names[i]])
-        ttft_errors.append(reported - (true[0] - arrivals[names[i]]))
+        true, unsure = np.array(left[names[i]]), np.array(unknown[names[i]])
+        if not unsure[0]:
+            ttft_errors.append(reported - (true[0] - arrivals[names[i]]))
         if len(between) == len(true) - 1:
-            itl_errors.append(between - np.diff(true))
+            itl_errors.append((between - np.diff(true))[~(unsure[1:] | unsure[:-1])])
     return Errors(
         np.array(ttft_errors),
         np.concatenate(itl_errors) if itl_errors else np.empty(0),
@@ -177,22 +204,78 @@ def exact_server(log: Path, *flags: str) -> Iterator[str]:
 def calibrate(cache_dir: Path | None = None) -> Calibration:
     """The client's error on this machine, measured once and then read from `cache_dir`.
 
-    The cache is valid for one machine, interpreter and client version. Raises LoadError if the
-    measurement failed.
+    The file in the cache says for what machine, interpreter and versions it holds. Raises
+    LoadError if the measurement failed.
     """
-    cached = None if cache_dir is None else cache_dir / f"client-{_key()}.json"
+    facts = _facts()
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    cached = None if cache_dir is None else cache_dir / f"client-{digest}.json"
     if cached is not None:
         try:
-            return Calibration(**json.loads(cached.read_text()))
-        except (OSError, ValueError, TypeError):
+            return Calibration(**json.loads(cached.read_text())["calibration"])
+        except (OSError, ValueError, TypeError, KeyError):
             pass  # none yet, or not one of ours: measured anew
     found = _measure()
-    if cached is not None:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        part = cached.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(found.as_dict(), indent=1))
-        part.replace(cached)
+    if found.poor:
+        found = min(found, _measure(), key=lambda one: one.ttft_error["p99"])
+    if cached is not None and not found.poor:
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        content = {"holds_for": facts, "measured": when, "calibration": found.as_dict()}
+        with contextlib.suppress(OSError):  # without a cache it is measured in each run
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            part = cached.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(content, indent=1) + "\n")
+            part.replace(cached)
     return found
+
+
+def user_cache() -> Path:
+    """The folder in which calibrations of this user are kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path("~/.cache").expanduser()) / "pytest-llmserve"
+
+
+def for_run(run_dir: Path) -> Calibration | None:
+    """The calibration of a pytest run, whose processes share `run_dir`: the first one makes it.
+
+    None if it failed; `of_run` tells why.
+    """
+    with FileLock(run_dir / "calibration.lock"):
+        path = run_dir / "calibration.json"
+        if not path.exists():
+            content: dict[str, Any]
+            try:
+                content = {"calibration": calibrate(user_cache()).as_dict()}
+            except LoadError as error:
+                content = {"calibration": None, "failed": str(error)}
+            path.write_text(json.dumps(content))
+    found = of_run(run_dir)
+    return found if isinstance(found, Calibration) else None
+
+
+def of_run(run_dir: Path) -> Calibration | str | None:
+    """What `for_run` found; the reason if it failed; None if no load of the run asked for it."""
+    try:
+        content = json.loads((run_dir / "calibration.json").read_text())
+    except OSError:
+        return None
+    if content["calibration"] is None:
+        return str(content["failed"])
+    return Calibration(**content["calibration"])
+
+
+def in_words(found: Calibration | str) -> str:
+    """One line for people."""
+    if isinstance(found, str):
+        return f"client error: not measured on this machine: {found}"
+
+    def p99(errors: dict[str, float]) -> str:
+        return f"p99 {errors['p99'] * 1e3:.3f} ms"
+
+    return (
+        f"client error: TTFT {p99(found.ttft_error)}, ITL {p99(found.itl_error)} on this machine "
+        "(measured against exact times)"
+    )
 
 
 def _measure() -> Calibration:
@@ -215,6 +298,7 @@ def _measure() -> Calibration:
         pacing_error=_percentiles((record.sent - record.intended)[planned]),
         cpu_per_event=(record.info.cpu + record.info.decode_cpu)
         / max(1, int(record.events[planned].sum())),
+        events_limit=events_limit(),
         timestamps=record.info.timestamps,
         events=len(found.ttft) + len(found.itl),
     )
@@ -224,14 +308,61 @@ def _percentiles(values: Array) -> dict[str, float]:
     return {name: float(np.percentile(values, q)) for name, q in (("p50", 50), ("p99", 99))}
 
 
-def _key() -> str:
-    facts = [
-        CLIENT_VERSION,
-        platform.node(),
-        platform.release(),
-        platform.machine(),
-        platform.python_version(),
-        sys.executable,
-        str(os.cpu_count()),
-    ]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+_EVENT = (
+    b'data: {"id":"cmpl-1","object":"text_completion","created":1,"model":"m","choices":'
+    b'[{"index":0,"text":" token","logprobs":null,"finish_reason":null}],"usage":null}\n\n'
+)
+CHUNK = b"%x\r\n%s\r\n" % (len(_EVENT), _EVENT)
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def events_limit() -> float:
+    """Events that the client can record in a second of CPU time, each in a read of its own.
+
+    Raises LoadError if this system does not let it open the connections.
+    """
+    exchanges = [Exchange(1, -1, number) for number in range(STREAMS)]
+    peers: list[socket.socket] = []
+    spent = 0.0
+    with contextlib.ExitStack() as stack:
+        try:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=STREAMS))
+            client = Client(
+                f"http://127.0.0.1:{listener.getsockname()[1]}",
+                timeout=60.0,
+                stream=True,
+                prepare=lambda exchange: setattr(exchange, "request", b"GET / HTTP/1.1\r\n\r\n"),
+                on_end=lambda _: None,
+            )
+            stack.callback(client.close)
+            listener.settimeout(10.0)
+            for exchange in exchanges:
+                exchange.intended = time.monotonic()
+                client.schedule(exchange)
+                peers.append(stack.enter_context(listener.accept()[0]))
+            client.run(lambda: any(math.isnan(exchange.sent) for exchange in exchanges))
+            for turn in range(ROUNDS + 1):
+                for peer in peers:
+                    peer.sendall(CHUNK if turn else HEAD)
+                begun = time.thread_time()
+                client.run(lambda: client.received < STREAMS * (turn + 1) and not client.ended)  # noqa: B023
+                spent += time.thread_time() - begun if turn else 0.0
+        except OSError as error:
+            raise LoadError(f"the client's calibration failed: {error}") from None
+        if client.ended:
+            raise LoadError("the client's calibration failed: connections of its own broke")
+    return STREAMS * ROUNDS / spent
+
+
+def _facts() -> dict[str, str]:
+    """What a calibration holds for."""
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    return {
+        "client": CLIENT_VERSION,
+        "machine": platform.node(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": str(len(allowed(0))),
+        "python": platform.python_version(),
+        "interpreter": sys.executable,
+        "user": str(os.getuid()),
+    }

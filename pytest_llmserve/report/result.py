@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_llmserve.metrics.definitions import METRICS_VERSION
 
 if TYPE_CHECKING:
+    from pytest_llmserve.load.calibration import Calibration
     from pytest_llmserve.outcome import Measured
 
 SCHEMA = "llmserve-result/1"
@@ -47,10 +48,13 @@ def run_to_dict(measured: Measured) -> dict[str, Any]:
     }
 
 
-def document(tests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def document(
+    tests: Mapping[str, Mapping[str, Any]], client: Calibration | str | None = None
+) -> dict[str, Any]:
     """The result file's content for tests that measured something.
 
-    `fingerprint` at the top holds the fields in which all runs agree.
+    `fingerprint` at the top holds the fields in which all runs agree, `calibration` the client's
+    own error on this machine (null if it could not be measured: `client` is then the reason).
     """
     runs = [run for test in tests.values() for run in test["runs"]]
     prints = [run["fingerprint"] for run in runs]
@@ -60,6 +64,7 @@ def document(tests: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "metrics_version": METRICS_VERSION,
         "emulated": any(run["emulated"] for run in runs),
         "fingerprint": common,
+        "calibration": None if client is None or isinstance(client, str) else client.as_dict(),
         "runs": runs,
     }
 

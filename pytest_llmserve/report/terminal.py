@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_llmserve.config import Settings
+    from pytest_llmserve.load.calibration import Calibration
     from pytest_llmserve.resolve import Resolved
 
 Row = Sequence[str]
@@ -53,9 +54,11 @@ def write_summary(
     tests: Mapping[str, Mapping[str, Any]],
     settings: Settings,
     unused: Sequence[Path] = (),
+    client: Calibration | str | None = None,
 ) -> None:
     """The section of verdicts: for each test its runs, objectives, margins and reasons; then counts
-    and what to do about them. `unused` are baseline files that no test asks for."""
+    and what to do about them. `unused` are baseline files that no test asks for, `client` is the
+    client's own error on this machine."""
     reporter.section("llmserve", sep="=")
     runs = [run for test in tests.values() for run in test["runs"]]
     if any(run["emulated"] for run in runs):
@@ -75,6 +78,10 @@ def write_summary(
         for calibration in test["calibrations"]:
             _write_calibration(reporter, calibration)
     _write_calls(reporter, tests, settings, unused)
+    if client is not None:
+        from pytest_llmserve.load.calibration import in_words
+
+        reporter.write_line(in_words(client))
 
 
 def _write_run(reporter: pytest.TerminalReporter, run: Mapping[str, Any], *, alone: bool) -> None:

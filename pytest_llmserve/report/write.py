@@ -12,14 +12,21 @@ from pytest_llmserve.report.result import document, write_result
 
 if TYPE_CHECKING:
     from pytest_llmserve.config import Settings
+    from pytest_llmserve.load.calibration import Calibration
 
 
-def write_all(settings: Settings, tests: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def write_all(
+    settings: Settings,
+    tests: Mapping[str, Mapping[str, Any]],
+    client: Calibration | str | None = None,
+) -> list[str]:
     """Write the files that the settings (and, on GitHub, the job) ask for.
+
+    `client` is what `load.calibration.of_run` gives.
 
     Gives a sentence for each one that could not be written; the others are written none the less.
     """
-    content = document(tests)
+    content = document(tests, client)
     problems: list[str] = []
 
     def attempt(path: Path | str | None, write: Callable[[Path], None]) -> None:

@@ -20,6 +20,7 @@ from pytest_llmserve.run import Check
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pytest_llmserve.load.calibration import Calibration
     from pytest_llmserve.load.plan import LoadPlan
     from pytest_llmserve.load.record import Record
 
@@ -31,8 +32,12 @@ COUNTS = 0.01
 DELAY_SHARE, DELAY = 0.01, 1e-3
 #: The client's own delay may be this long if no latency is asserted: figures are shown with it.
 DELAY_UNASSERTED = 10e-3
-#: Part of one core from which the client's process counts as saturated.
-CPU = 0.9
+#: Part of one core from which the client's process counts as saturated, and part of the events a
+#: second that its calibration found it can record.
+CPU, EVENTS = 0.9, 0.8
+#: A client that reads half of what arrives later than this does not keep up. The kernel stamps
+#: what waits, but once its buffers are full the server is held up by the client.
+BEHIND = 20e-3
 #: Part of the output events that may come in the same read as the one before if `itl` is asserted.
 COALESCED = 0.05
 #: Part of the requests that the drain may cut off before their first token.
@@ -60,6 +65,7 @@ def check(
     allow_errors: float = 0.0,
     alive: bool = True,
     ended: str | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[Check, ...]:
     """All validity checks of one load.
 
@@ -67,7 +73,8 @@ def check(
     whole load, warm-up included (`metrics.server.delta`; empty if it has none); `bounds` the
     bounds of the objectives on latencies, by metric (`{"ttft.p95": 0.5}`); `allow_errors` the
     part of the requests that may fail; `ended` why the server has ended, if that is known;
-    `alive` whether the server still answers.
+    `alive` whether the server still answers; `calibration`
+    the client's own error on this machine, if it was measured.
     """
     made = (
         _alive(alive, ended),
@@ -81,7 +88,8 @@ def check(
         _drained(metrics),
         _send_delay(metrics, bounds),
         _client_lag(record, metrics, bounds),
-        _cpu(record),
+        _keeps_up(record, metrics, calibration),
+        _client_error(bounds, calibration),
         _coalescing(metrics, bounds),
         _token_counts(record, counters),
         _server_ttft(record, counters),
@@ -243,11 +251,54 @@ def _client_lag(record: Record, metrics: Mapping[str, Any], bounds: Mapping[str,
     )
 
 
-def _cpu(record: Record) -> Check:
+def _keeps_up(record: Record, metrics: Mapping[str, Any], calibration: Calibration | None) -> Check:
+    """Whether the server was what limited the run, and not the client."""
     length = float(record.end.max(initial=record.info.plan_end)) - record.info.start
     share = record.info.cpu / length / record.info.shards
+    behind = metrics["client_lag"]["p50"] or 0.0
+    rate, limit = _busiest(record), calibration.events_limit if calibration else None
+    words = [f"the client used {share:.1%} of one core, {CPU:.0%} is too much"]
+    if limit is not None:
+        words.append(f"it read up to {rate:,.0f} events/s of the {limit:,.0f} it can read here")
+    if behind > BEHIND:
+        words.append(f"half of the events waited {_ms(behind)} for it")
+    kept_up = share < CPU and behind <= BEHIND and (limit is None or rate < EVENTS * limit)
+    if not kept_up:
+        words.insert(0, "the client was the bottleneck, not the server")
+    return Check("client_cpu", kept_up, "; ".join(words))
+
+
+def _busiest(record: Record) -> float:
+    """The most events that one process had to read in a second, each in a read of its own."""
+    times = record.event_time[~record.event_coalesced]
+    if not len(times):
+        return 0.0
+    counts = np.bincount((times - times.min()).astype(int))
+    return float(counts.max()) / record.info.shards
+
+
+def _client_error(bounds: Mapping[str, float], calibration: Calibration | None) -> Check | None:
+    """Whether what is asserted is more than the client's own error."""
+    if calibration is None:
+        return None
+    of_request, of_gap = calibration.ttft_error["p99"], calibration.itl_error["p99"]
+    errors = {"ttft": of_request, "e2e": of_request, "itl": of_gap, "tpot": of_gap}
+    below = [
+        f"{name} <= {_ms(bound)} is less than {_ms(error)}"
+        for name, bound in bounds.items()
+        if (error := errors.get(name.partition(".")[0], 0.0)) > bound
+    ]
+    if below:
+        return Check(
+            "client_error",
+            False,
+            f"{'; '.join(below)}, the client's own error on this machine (p99, by its calibration)",
+        )
     return Check(
-        "client_cpu", share < CPU, f"the client used {share:.1%} of one core, {CPU:.0%} is too much"
+        "client_error",
+        True,
+        f"the client's own error on this machine is {_ms(of_request)} for TTFT and {_ms(of_gap)} "
+        "for ITL (p99, by its calibration)",
     )
 
 
