@@ -144,6 +144,13 @@ def test_curve_points_and_table_are_the_results(capstone: Any) -> None:
     ]
 
 
+def test_the_clients_own_error_is_shown(tmp_path: Path) -> None:
+    error = {"ttft_error": {"p50": 1e-5, "p99": 4.2e-4}, "itl_error": {"p99": 1.5e-5}}
+    document = {**samples.document(samples.make_run(tmp_path, "a", 4, 3.0)), "calibration": error}
+    page = page_of(document, base=tmp_path)
+    assert "The client's own error on that machine: ttft 420 µs, itl 15 µs (p99" in page.text
+
+
 def test_over_time_adds_up(capstone: Any) -> None:
     folder, content, page = capstone
     record = series.read_record(folder, content["runs"][0]["events"])
@@ -390,6 +397,11 @@ def test_baseline_history_band_and_distribution(tmp_path: Path) -> None:
                            {facts["load"]: load}),
     )  # fmt: skip
     now["fingerprint"] = {**facts, "driver": "580.1"}
+    # A run that was stored itself is drawn against what was there before it.
+    third = page_of(samples.document(runs[3]), base=tmp_path, baselines=root)
+    points = third.figures("throughput_trend")[0]["data"]["points"]
+    assert points["v"] == [run["metrics"]["output_throughput"] for run in runs[:4]]
+    assert points["kind"][-1] == "this run"
     page = page_of(samples.document(now), base=tmp_path, baselines=root)
     trend = page.figures("throughput_trend")[0]["data"]
     values = [run["metrics"]["output_throughput"] for run in runs]

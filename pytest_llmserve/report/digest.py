@@ -46,13 +46,15 @@ TITLES: Mapping[str, str] = {
 @dataclass(frozen=True)
 class Case:
     """One test of one document: its runs in order. `base` is the folder that `events` paths of its
-    runs are relative to, `number` the document's place among those given."""
+    runs are relative to, `number` the document's place among those given, `client` the client's
+    own error in words."""
 
     test: str
     number: int
     runs: tuple[Json, ...]
     base: Path
     command: str
+    client: str
 
     @property
     def verdict(self) -> str | None:
@@ -81,8 +83,19 @@ def cases_of(documents: Sequence[Json], bases: Sequence[Path]) -> list[Case]:
         for test, runs in tests.items():
             said = document.get("command")
             command = clean(said, 2000) if said else command_of(test, runs)
-            found.append(Case(test, number, tuple(runs), base, command))
+            client = client_error(document.get("calibration"))
+            found.append(Case(test, number, tuple(runs), base, command, client))
     return found
+
+
+def client_error(calibration: Json | None) -> str:
+    """The client's own error on the machine that measured, in words; "" if it is not known."""
+    found = []
+    for name in ("ttft", "itl"):
+        value = ((calibration or {}).get(f"{name}_error") or {}).get("p99")
+        if isinstance(value, (int, float)):
+            found.append(f"{name} {show(name, value)}")
+    return f"{', '.join(found)} (p99, against exact times)" if found else ""
 
 
 def amount(run: Json) -> float:

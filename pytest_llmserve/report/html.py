@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,6 +169,7 @@ class CaseView:
     curve_rows: list[tuple[str, list[Cell]]]
     fingerprint: list[tuple[str, str, str, str]]
     fingerprint_against: str
+    client: str
     ended: str
     open: bool = True
 
@@ -335,6 +337,7 @@ class _Page:
             curve=curve,
             curve_rows=rows,
             fingerprint=_fingerprint_rows(facts(case), against),
+            client=case.client,
             ended=self._ends.get(id(case), ""),
             fingerprint_against="the latest stored run of its baseline" if against else "",
         )
@@ -574,9 +577,11 @@ class _Page:
             )
 
     def _stored(self, case: Case, run: Json) -> LoadBaseline | None:
-        """The baseline of a run's load, if a folder of baselines was given and has it."""
+        """The baseline of a run's load as it was before the run, if a folder of baselines was given
+        and has it."""
         if self._baselines is None:
             return None
+        from pytest_llmserve.report.series import history_before
         from pytest_llmserve.verdict.baseline_file import baseline_path, read
 
         known = run["fingerprint"]
@@ -587,7 +592,8 @@ class _Page:
         found = read(baseline_path(self._baselines, hardware, model, server, run["test"]))
         if found is None or found.emulated != run["emulated"]:
             return None
-        return found.loads.get(load)
+        stored = found.loads.get(load)
+        return history_before(stored, partial(value_of, run)) if stored else None
 
     def _add(
         self,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,6 +251,22 @@ def baseline_trend(
     if not band:
         caption += f", and a noise band needs {BASELINE_RUNS}"
     return Trend(points, band, accepted, caption + ".")
+
+
+def history_before(load: LoadBaseline, value: Callable[[str], float | None]) -> LoadBaseline:
+    """A baseline as it was before a run: a run that was stored is not compared with itself and
+    with what came after it. `value` gives the run's metrics by dotted name."""
+    for place, stored in enumerate(load.runs):
+        if stored.metrics and all(value(name) == v for name, v in stored.metrics.items()):
+            runs = tuple(load.runs[:place])
+            ids = {run.id for run in runs}
+            return replace(
+                load,
+                runs=runs,
+                origin=tuple(i for i in load.origin if i in ids),
+                accepted=tuple(change for change in load.accepted if change.run in ids),
+            )
+    return load
 
 
 def accepted_changes(load: LoadBaseline) -> list[tuple[int, Accepted]]:
