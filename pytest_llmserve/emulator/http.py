@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
+import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +26,11 @@ from pytest_llmserve.poller import READ, WRITE, Poller
 
 SERVER = b"llmserve-emulator (emulated)"
 _LARGEST_BODY = 64 << 20
+#: `SO_TIMESTAMPNS` where its number and `struct timespec` are as on x86-64 and aarch64.
+_STAMPS = 35 if sys.platform == "linux" and sys.maxsize > 2**32 else None
+_STAMP = struct.Struct("@qq")
+_STAMP_ROOM = 64
+_LONGEST_WAIT = 10_000_000_000  # ns; more is a clock that was set
 _REASONS = {
     200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
     405: "Method Not Allowed", 413: "Payload Too Large", 429: "Too Many Requests",
@@ -32,7 +40,9 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Request:
-    """A whole request. `arrival` is the monotonic time at which its last byte was read."""
+    """A whole request. `arrival` is the monotonic time at which its last byte had come: by the
+    kernel's stamp, so that of requests that come together each keeps its own time; where there is
+    none, when it was read."""
 
     method: str
     path: str
@@ -66,6 +76,15 @@ def chunk(data: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
+def _waited(notes: list[tuple[int, int, bytes]]) -> float:
+    """Seconds since data that was read just now came, as the kernel stamped it; 0 if it did not."""
+    if not notes or len(notes[0][2]) != _STAMP.size:
+        return 0.0
+    seconds, nanoseconds = _STAMP.unpack(notes[0][2])
+    lag = time.time_ns() - (seconds * 1_000_000_000 + nanoseconds)
+    return lag / 1e9 if 0 < lag < _LONGEST_WAIT else 0.0
+
+
 class Connection:
     """One client. At most one request is being answered at a time; later ones wait here."""
 
@@ -82,6 +101,7 @@ class Connection:
         self._waiting: deque[tuple[Request, bool]] = deque()
         self._keep_alive = True
         self._bodiless = False  # the answer to HEAD
+        self._waited = 0.0  # seconds that the last data read lay in the kernel
         self._begin()
 
     # what the parser calls
@@ -117,7 +137,7 @@ class Connection:
             path=self._url.decode("latin-1").split("?", 1)[0],
             headers=self._headers,
             body=b"".join(self._body),
-            arrival=self._server.clock(),
+            arrival=self._server.clock() - self._waited,
         )
         self._waiting.append((request, self._parser.should_keep_alive()))
 
@@ -125,7 +145,8 @@ class Connection:
 
     def readable(self) -> None:
         try:
-            data = self.sock.recv(1 << 18)
+            data, notes, _, _ = self.sock.recvmsg(1 << 18, _STAMP_ROOM)
+            self._waited = _waited(notes)
         except BlockingIOError:
             return
         except OSError:
@@ -243,6 +264,9 @@ class HttpServer:
             )[0]
             listener = socket.socket(family, kind, protocol)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if _STAMPS is not None:  # what is accepted inherits it
+                with contextlib.suppress(OSError):
+                    listener.setsockopt(socket.SOL_SOCKET, _STAMPS, 1)
             listener.bind(address)
             listener.listen(4096)
         except OSError as error:

@@ -7,7 +7,7 @@ process of a machine):
 |---|---|
 | `request` | the request's id, as in the response |
 | `token` | output tokens that were sent with this event included; 0: the request's arrival |
-| `due` | when the schedule wanted the event (arrival: when the request's last byte was read) |
+| `due` | when the schedule wanted the event (arrival: when its last byte had come) |
 | `before` | just before `send` of the event's bytes |
 | `after` | just after `send` returned: on loopback the receiver's kernel has them by then |
 

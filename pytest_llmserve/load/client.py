@@ -100,6 +100,7 @@ class Connection:
         "begun",
         "done",
         "exchange",
+        "expecting",
         "fd",
         "feed",
         "limit",
@@ -122,13 +123,17 @@ class Connection:
         self.recvmsg = sock.recvmsg
         self.open = False
         self.used = False
+        self.expecting = False
         self.started = _now()
         self.opened = math.nan
         self.exchange: Exchange | None = None
         self.out: memoryview | None = None
 
     def expect(self) -> None:
-        """Get ready for one answer."""
+        """Get ready for one answer, unless it was done ahead."""
+        if self.expecting:
+            return
+        self.expecting = True
         self.parser = httptools.HttpResponseParser(self)
         self.feed: Callable[[bytes], None] = self.parser.feed_data
         self.limit = HEADER_CAP
@@ -284,6 +289,7 @@ class Client:
         exchange.conn = self._idle_connection() or self._open()
         if exchange.conn is not None:
             exchange.conn.exchange = exchange
+            exchange.conn.expect()
         self.at(exchange.intended, lambda: self._launch(exchange))
 
     def _launch(self, exchange: Exchange) -> None:
@@ -385,6 +391,7 @@ class Client:
         exchange.status = conn.parser.get_status_code()
         exchange.conn = conn.exchange = None
         conn.used = True
+        conn.expecting = False
         if conn.begun == 1 and conn.out is None and conn.reusable:
             self._pool.append(conn)
         else:
