@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pytest_llmserve.commands import doctor, plan, serve
+from pytest_llmserve.commands import doctor, plan, report, serve
 from pytest_llmserve.errors import ConfigError, LoadError, ServerError
 
 
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_parser(commands)
     serve.add_parser(commands)
     doctor.add_parser(commands)
+    report.add_parser(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and not getattr(options, "passes_on", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -6,6 +6,7 @@ An option left off the command line falls back to the ini key of the same name
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -84,7 +85,8 @@ _DECIDING = ("engine", "endpoint", "api-key-env", "model", "server", "baselines"
 class Settings:
     """All settings of one pytest run. Paths are absolute; `server` is what the command line says,
     which wins over markers, and `default_server` what the ini file says, which does not. `given`
-    are the options of the command line that decide what is measured and by which baselines."""
+    are the options of the command line that decide what is measured and by which baselines;
+    `command` is all that was typed."""
 
     rootdir: Path
     engine: str
@@ -104,6 +106,7 @@ class Settings:
     report: Path | None
     markdown: Path | None
     given: tuple[str, ...]
+    command: str
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -176,6 +179,7 @@ def read_settings(config: pytest.Config) -> Settings:
         report=files["report"],
         markdown=files["markdown"],
         given=tuple(deciding),
+        command=shlex.join(["pytest", *map(str, config.invocation_params.args)]),
     )
 
 

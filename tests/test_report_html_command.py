@@ -10,7 +10,7 @@ import pytest
 import report_samples as samples
 
 from pytest_llmserve.errors import ConfigError
-from pytest_llmserve.report.command import add_parser
+from pytest_llmserve.commands.report import add_parser
 
 
 def call(*arguments: object) -> int:

@@ -26,7 +26,7 @@ from report_samples import document, make_run, write
 
 COMMAND = (
     "import argparse, sys\n"
-    "from pytest_llmserve.report.command import add_parser\n"
+    "from pytest_llmserve.commands.report import add_parser\n"
     "parser = argparse.ArgumentParser()\n"
     "add_parser(parser.add_subparsers())\n"
     "args = parser.parse_args()\n"

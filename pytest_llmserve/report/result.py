@@ -49,9 +49,11 @@ def run_to_dict(measured: Measured) -> dict[str, Any]:
 
 
 def document(
-    tests: Mapping[str, Mapping[str, Any]], client: Calibration | str | None = None
+    tests: Mapping[str, Mapping[str, Any]],
+    client: Calibration | str | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
-    """The result file's content for tests that measured something.
+    """The result file's content for tests that measured something, by the `command` typed.
 
     `fingerprint` at the top holds the fields in which all runs agree, `calibration` the client's
     own error on this machine (null if it could not be measured: `client` is then the reason).
@@ -63,6 +65,7 @@ def document(
         "schema": SCHEMA,
         "metrics_version": METRICS_VERSION,
         "emulated": any(run["emulated"] for run in runs),
+        "command": command,
         "fingerprint": common,
         "calibration": None if client is None or isinstance(client, str) else client.as_dict(),
         "runs": runs,

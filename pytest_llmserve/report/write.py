@@ -26,7 +26,7 @@ def write_all(
 
     Gives a sentence for each one that could not be written; the others are written none the less.
     """
-    content = document(tests, client)
+    content = document(tests, client, settings.command)
     problems: list[str] = []
 
     def attempt(path: Path | str | None, write: Callable[[Path], None]) -> None:
