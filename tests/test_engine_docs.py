@@ -45,8 +45,7 @@ def _dagger(where: str, failure: Failure) -> str:
 
 def blocks() -> dict[str, str]:
     """Code blocks that begin with the name of a file, by that name."""
-    found = re.findall(r"```\w+\n# (\S+\.\w+)\n(.*?)```", PAGE, re.DOTALL)
-    return {name: text for name, text in found}
+    return dict(re.findall(r"```\w+\n# (\S+\.\w+)\n(.*?)```", PAGE, re.DOTALL))
 
 
 def test_the_table_of_failures_is_that_of_the_code():

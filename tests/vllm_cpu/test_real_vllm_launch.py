@@ -166,6 +166,46 @@ def test_sigkill_of_pytest_leaves_no_process(config, tmp_path):
     assert soon(lambda: not living(tree), within=5)
 
 
+def test_sigkill_of_the_supervisor_leaves_no_process(manager, config):
+    server = manager.get(config, ENGINE, lambda _: None)  # the one before was killed
+    status = json.loads((Path(server.log).parent / "status.json").read_text())
+    tree = tree_of(server)
+    os.kill(status["keeper"], signal.SIGKILL)
+    assert soon(lambda: not living(tree), within=5)
+
+
+TWO_TESTS = """
+import os, signal, threading
+import pytest
+from pytest_llmserve import at_least, closed_loop
+SHORT = dict(duration=2, prompt_tokens=16, output_tokens=8)
+@pytest.mark.llmserve(server="vllm-tiny-cpu")
+def test_measures(llm_server, load, slo):
+    print("PID", llm_server.pid)
+    slo.check(load(closed_loop(users=2), **SHORT), at_least("output_throughput", 1))
+@pytest.mark.llmserve(server="vllm-tiny-cpu")
+def test_its_end_is_seen(llm_server, load):
+    print("PID", llm_server.pid)
+    threading.Timer(2, os.kill, (llm_server.pid, signal.SIGKILL)).start()
+    load(closed_loop(users=2), duration=60)
+"""
+
+
+def test_one_start_for_two_tests_and_a_kill_under_load_is_told(config, pytester):
+    pytester.makepyfile(TWO_TESTS)
+    result = pytester.runpytest_subprocess(
+        "-s", "--llmserve-engine=vllm", f"-ollmserve_server_dirs={CONFIG.parent}", timeout=200
+    )
+    result.assert_outcomes(passed=1, errors=1)
+    pids = {line.split("PID")[1].split()[0] for line in result.outlines if "PID" in line}
+    assert len(pids) == 1
+    (invalid,) = [line for line in result.outlines if line.startswith("invalid: server_alive")]
+    assert "vllm-tiny-cpu was killed by signal 9 (SIGKILL)" in invalid
+    log = Path(invalid.rpartition("Its log: ")[2])
+    assert "vLLM" in log.read_text(errors="replace")
+    assert len(list(log.parent.glob("server*.log"))) == 1, "it was started once"
+
+
 def failure(config, tmp_path):
     manager = ServerManager(tmp_path / "run", os.getpid())
     try:
