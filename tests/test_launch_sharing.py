@@ -96,6 +96,10 @@ def test_four_workers_give_the_same_verdicts_as_none(project):
     outcomes, verdicts, _ = told[0]
     assert outcomes == {"passed": 4, "failed": 1, "errors": 1, "inconclusive": 1}
     assert {verdict for _, verdict in verdicts} == {"pass", "fail", "inconclusive", "invalid"}
+    # A worker saw the server end; the controller keeps the log that says why.
+    (line,) = [line for line in result.outlines if line.startswith("invalid: server_alive")]
+    assert "the server ended during the load: emulator was killed by signal 9 (SIGKILL)" in line
+    assert "Listening on" in Path(line.rpartition("Its log: ")[2]).read_text()
 
 
 def two_runs(project, body):
@@ -127,7 +131,7 @@ def test_loads_of_two_runs_with_workers_never_overlap(project, machine, started)
     body = TWO_RUNS + (
         "meet('collected')\n"
         "@quick\n"
-        "@pytest.mark.parametrize('number', range(3))\n"
+        "@pytest.mark.parametrize('number', range(2))\n"
         "def test_loads(llm_server, load, number):\n"
         "    begin = time.monotonic()\n"
         "    load(closed_loop(users=1), duration=0.3, prompt_tokens=16, output_tokens=8)\n"
@@ -141,8 +145,8 @@ def test_loads_of_two_runs_with_workers_never_overlap(project, machine, started)
         assert (folders[0].parent / "loads").exists(), text
     rows = [line.split() for line in (folders[0].parent / "loads").read_text().splitlines()]
     loads = sorted((float(begin), float(end), name) for name, begin, end in rows)
-    assert [name for *_, name in loads].count("one") == 3
-    assert [name for *_, name in loads].count("two") == 3
+    assert [name for *_, name in loads].count("one") == 2
+    assert [name for *_, name in loads].count("two") == 2
     assert all(one[1] <= two[0] for one, two in pairwise(loads)), loads
 
 
@@ -190,19 +194,3 @@ def test_workers_and_runs_have_gpus_of_their_own(project, machine, started):
     assert [len(gpus) for gpus in told] == [2, 2]
     assert {len(set(gpus)) for gpus in told} == {1}, "both workers of a run use one server"
     assert {told[0][0], told[1][0]} == {"0", "1"}
-
-
-def test_a_server_that_ends_is_named_and_its_log_kept(project):
-    body = """
-import os, signal, threading
-@quick
-def test_it(llm_server, load):
-    threading.Timer(0.5, os.kill, (llm_server.pid, signal.SIGKILL)).start()
-    load(closed_loop(users=2), duration=30)
-"""
-    result = project(body).runpytest_subprocess("-n1")
-    result.assert_outcomes(errors=1)
-    (line,) = [line for line in result.outlines if line.startswith("invalid: server_alive")]
-    assert "the server ended during the load: emulator was killed by signal 9 (SIGKILL)" in line
-    log = Path(line.rpartition("Its log: ")[2])
-    assert "Listening on" in log.read_text()
