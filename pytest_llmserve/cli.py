@@ -93,10 +93,20 @@ def _add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--metric", action="append", default=[], metavar="NAME", help="of these (may be repeated)"
     )
+    parser.add_argument(
+        "--client",
+        action="store_true",
+        help="the load client's own error on this machine instead, measured now",
+    )
     parser.set_defaults(run=_calibrate)
 
 
 def _calibrate(options: argparse.Namespace) -> int:
+    if options.client:
+        from pytest_llmserve.load import calibration
+
+        print(calibration.as_text(calibration.calibrate()), end="")
+        return 0
     import tempfile
 
     from pytest_llmserve.verdict.baseline import TRACKED, tracked

@@ -278,6 +278,24 @@ def in_words(found: Calibration | str) -> str:
     )
 
 
+def as_text(found: Calibration) -> str:
+    """All of it for people (`llmserve calibrate --client`)."""
+
+    def both(errors: dict[str, float]) -> str:
+        return f"{errors['p50'] * 1e3:.3f} / {errors['p99'] * 1e3:.3f} ms"
+
+    rows = (
+        ("TTFT error p50 / p99", both(found.ttft_error)),
+        ("ITL error p50 / p99", both(found.itl_error)),
+        ("sent late p50 / p99", both(found.pacing_error)),
+        ("CPU for 1,000 events", f"{found.cpu_per_event * 1e3:.3f} s"),
+        ("events/s, one core", f"{found.events_limit:,.0f}"),
+        ("time stamps", found.timestamps),
+    )
+    head = f"the load client on this machine, {found.events} times against a server's exact ones\n"
+    return head + "".join(f"  {name:22}{value}\n" for name, value in rows)
+
+
 def _measure() -> Calibration:
     plan = LoadPlan(
         closed_loop(USERS, ramp=TPOT), Workload(16, TOKENS), duration=DURATION, warmup=USERS
