@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from pytest_llmserve.emulator.truth import read_truth
 from pytest_llmserve.errors import LoadError
 from pytest_llmserve.load import calibration
-from pytest_llmserve.load.calibration import calibrate, compare, errors, exact_server
+from pytest_llmserve.load.calibration import (
+    Calibration,
+    as_text,
+    calibrate,
+    compare,
+    errors,
+    exact_server,
+    for_run,
+    in_words,
+    of_run,
+)
 from pytest_llmserve.load.control import drive
 from pytest_llmserve.load.plan import LoadPlan, Target, Workload, closed_loop
 
@@ -53,19 +68,96 @@ def test_the_clients_times_lie_where_the_servers_log_has_them(tmp_path):
         assert (record.event_time <= after + 5e-6).mean() > 0.95
 
 
-def test_calibration_is_measured_once_for_a_machine(tmp_path, monkeypatch):
-    found = calibrate(tmp_path / "cache")
+GOOD = Calibration(
+    ttft_error={"p50": 1e-4, "p99": 3e-4},
+    itl_error={"p50": 1e-6, "p99": 9e-6},
+    pacing_error={"p50": 1e-5, "p99": 1e-4},
+    cpu_per_event=5e-5,
+    events_limit=4e5,
+    timestamps="kernel",
+    events=800,
+)
+POOR = replace(GOOD, ttft_error={"p50": 1e-4, "p99": 5e-3})
+
+
+def test_a_calibration_has_all_its_figures():
+    found = calibrate()
     assert found.events > 200
     assert 0 < found.ttft_error["p50"] <= found.ttft_error["p99"]
     assert 0 <= found.itl_error["p50"] <= found.itl_error["p99"]
+    assert 0 <= found.pacing_error["p50"] <= found.pacing_error["p99"]
     assert found.cpu_per_event > 0
-    monkeypatch.setattr(calibration, "_measure", lambda: pytest.fail("measured again"))
-    assert calibrate(tmp_path / "cache") == found
+    assert found.events_limit > 1000
+    assert f"{found.events_limit:,.0f}" in as_text(found)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The results of measurements to come; popped, so that none is made twice."""
+    results = []
+    monkeypatch.setattr(calibration, "_measure", lambda: results.pop(0))
+    return results
+
+
+def test_calibration_is_kept_for_machine_and_versions(tmp_path, measured, monkeypatch):
+    measured += [GOOD]
+    assert calibrate(tmp_path / "cache") == GOOD
+    assert calibrate(tmp_path / "cache") == GOOD
     (file,) = (tmp_path / "cache").iterdir()
+    content = json.loads(file.read_text())
+    assert content["holds_for"]["client"] == calibration.CLIENT_VERSION
+    assert content["measured"].endswith("Z")
     file.write_text("{")
-    monkeypatch.setattr(calibration, "_measure", lambda: found)
-    assert calibrate(tmp_path / "cache") == found
+    measured += [GOOD]
+    assert calibrate(tmp_path / "cache") == GOOD
     assert file.read_text() != "{"
+    monkeypatch.setattr(calibration, "CLIENT_VERSION", "another")
+    measured += [GOOD]
+    calibrate(tmp_path / "cache")
+    assert not measured
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_disturbed_calibration_is_repeated_and_not_kept(tmp_path, measured):
+    measured += [POOR, replace(POOR, events=1)]
+    assert calibrate(tmp_path) == POOR
+    measured += [POOR, GOOD]
+    assert calibrate(tmp_path) == GOOD
+    assert calibrate(tmp_path) == GOOD
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, measured):
+    (tmp_path / "file").touch()
+    measured += [GOOD]
+    assert calibrate(tmp_path / "file" / "cache") == GOOD
+
+
+def test_the_processes_of_a_run_calibrate_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert of_run(tmp_path) is None
+    made = []
+
+    def measure():
+        made.append(time.sleep(0.2))
+        return POOR if len(made) <= 2 else pytest.fail("measured again")
+
+    monkeypatch.setattr(calibration, "_measure", measure)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(for_run, [tmp_path] * 4)) == [POOR] * 4
+    assert of_run(tmp_path) == POOR
+    assert "TTFT p99 5.000 ms, ITL p99 0.009 ms" in in_words(POOR)
+
+
+def test_a_run_goes_on_without_a_calibration_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def measure():
+        raise LoadError("no emulator here")
+
+    monkeypatch.setattr(calibration, "_measure", measure)
+    assert for_run(tmp_path) is None
+    assert of_run(tmp_path) == "no emulator here"
+    assert in_words("no emulator here").endswith("not measured on this machine: no emulator here")
 
 
 def test_an_emulator_that_does_not_start_is_one_sentence(tmp_path):

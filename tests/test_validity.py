@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from load_records import make_record
 
+from pytest_llmserve.load.calibration import Calibration
 from pytest_llmserve.load.plan import LoadPlan, Workload, closed_loop, open_loop
 from pytest_llmserve.metrics.definitions import measure
 from pytest_llmserve.verdict.validity import check
@@ -176,3 +179,48 @@ def test_a_shared_prefix_should_be_found():
     assert failed(rows, plan, counters={"prefix_hits": 21 * 96.0}) == set()
     assert failed(rows, plan, counters={"prefix_hits": 0.0}) == {"prefix_cache"}
     assert failed(rows, plan, counters={"prefix_hits": 4000.0}) == {"prefix_cache"}
+
+
+CALIBRATION = Calibration(
+    ttft_error={"p50": 1e-4, "p99": 4e-4},
+    itl_error={"p50": 1e-6, "p99": 1e-5},
+    pacing_error={"p50": 1e-5, "p99": 1e-4},
+    cpu_per_event=5e-5,
+    events_limit=1e5,
+    timestamps="kernel",
+    events=800,
+)
+
+
+def test_a_bound_below_the_clients_own_error_cannot_be_certified():
+    def of(**bounds):
+        named = {name.replace("_", "."): bound for name, bound in bounds.items()}
+        return failed(busy(), bounds=named, calibration=CALIBRATION)
+
+    assert of(ttft_p95=5e-4, itl_p99=2e-5) == set()
+    assert of(ttft_p95=3e-4) == {"client_error"}
+    assert of(e2e_p50=3e-4) == {"client_error"}
+    assert of(itl_p50=9e-6) == {"client_error"}
+    assert of(output_throughput=1e-9) == set()
+
+
+def test_as_many_events_as_the_client_can_read_are_too_many():
+    # 300 events a request, two users, one second each: 600 a second.
+    def many(number, row):
+        t = row["intended"]
+        return {**row, "events": [t + 0.5 + i / 600 for i in range(1, 301)], "want_output": 300}
+
+    plan = LoadPlan(closed_loop(2, ramp=0.0), Workload(10, 300), duration=10.0)
+    assert failed(busy(many), plan, calibration=CALIBRATION) == set()
+    slow = replace(CALIBRATION, events_limit=700.0)
+    assert failed(busy(many), plan, calibration=slow) == {"client_cpu"}
+
+
+def test_a_client_that_is_always_behind_is_the_bottleneck():
+    record = make_record(busy())
+    late = replace(record, event_lag=np.full(len(record.event_lag), 0.05, np.float32))
+    metrics = measure(late, CLOSED)
+    found = {one.check: one for one in check(late, metrics, CLOSED, counters={}, bounds={})}
+    assert not found["client_cpu"].ok
+    assert found["client_cpu"].detail.startswith("the client was the bottleneck, not the server")
+    assert "a tenth of the events waited 50 ms or more" in found["client_cpu"].detail

@@ -35,8 +35,9 @@ DELAY_UNASSERTED = 10e-3
 #: Part of one core from which the client's process counts as saturated, and part of the events a
 #: second that its calibration found it can record.
 CPU, EVENTS = 0.9, 0.8
-#: A client that reads half of what arrives later than this does not keep up. The kernel stamps
-#: what waits, but once its buffers are full the server is held up by the client.
+#: A client that reads a tenth of what arrives later than this does not keep up. The kernel stamps
+#: what waits, but of data that is read at once only the last, and once its buffers are full the
+#: server is held up by the client.
 BEHIND = 20e-3
 #: Part of the output events that may come in the same read as the one before if `itl` is asserted.
 COALESCED = 0.05
@@ -255,13 +256,13 @@ def _keeps_up(record: Record, metrics: Mapping[str, Any], calibration: Calibrati
     """Whether the server was what limited the run, and not the client."""
     length = float(record.end.max(initial=record.info.plan_end)) - record.info.start
     share = record.info.cpu / length / record.info.shards
-    behind = metrics["client_lag"]["p50"] or 0.0
+    behind = metrics["client_lag"]["p90"] or 0.0
     rate, limit = _busiest(record), calibration.events_limit if calibration else None
     words = [f"the client used {share:.1%} of one core, {CPU:.0%} is too much"]
     if limit is not None:
         words.append(f"it read up to {rate:,.0f} events/s of the {limit:,.0f} it can read here")
     if behind > BEHIND:
-        words.append(f"half of the events waited {_ms(behind)} for it")
+        words.append(f"a tenth of the events waited {_ms(behind)} or more for it")
     kept_up = share < CPU and behind <= BEHIND and (limit is None or rate < EVENTS * limit)
     if not kept_up:
         words.insert(0, "the client was the bottleneck, not the server")
