@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import report_samples as samples
 
-from pytest_llmserve.errors import ConfigError
 from pytest_llmserve.commands.report import add_parser
+from pytest_llmserve.errors import ConfigError
 
 
 def call(*arguments: object) -> int:
