@@ -121,6 +121,7 @@ class Decoder:
         self._data: list[bytes] = []  # events of the read being fed
         self._parser = httptools.HttpResponseParser(self)
         self._place = -1
+        self._end: Read | None = None  # the read that ended the answer, as far as it is known
         self._done = self._ended = self._failed = self._broken = self._until_eof = False
         self._body_seen = self._heard = False  # any body, any event in it
 
@@ -149,7 +150,6 @@ class Decoder:
         self._place += 1
         if self._broken or self._ended:
             return
-        answer = self.answer
         try:
             self._parser.feed_data(read[0])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, EventTooLongError):
@@ -158,17 +158,16 @@ class Decoder:
             self._take(self._data, read)
             self._data.clear()
         if not self._done:
-            answer.end_stamp, answer.end_read = nanoseconds(read[1]), read[2]
+            self._end = read
 
     def _take(self, events: list[bytes], read: Read) -> None:
-        answer = self.answer
         for data in events:
             if self._done:
                 return
             self._heard = True
             if data.startswith(b"[DONE]"):
                 self._done = True
-                answer.end_stamp, answer.end_read = nanoseconds(read[1]), read[2]
+                self._end = read
                 return
             try:
                 chunk = _decode(data)
@@ -209,6 +208,8 @@ class Decoder:
                 self._take(self._events.finish(), last)
             elif not self._stream and answer.status == 200 and (self._ended or self._until_eof):
                 self._whole(b"".join(self._body), last)
+        if self._end is not None:
+            answer.end_stamp, answer.end_read = nanoseconds(self._end[1]), self._end[2]
         answer.error = self._judge(error, want_output)
         return answer
 

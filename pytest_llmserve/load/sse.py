@@ -26,6 +26,15 @@ class EventStream:
 
         Raises EventTooLongError when an event goes on for more than `EVENT_CAP` bytes.
         """
+        if (  # one whole event of one line, as nearly all are
+            self._started
+            and not self._rest
+            and body.startswith(b"data: ")
+            and body.endswith(b"\n\n")
+            and body.find(b"\n") == len(body) - 2
+            and b"\r" not in body
+        ):
+            return [body[6:-2]]
         text = self._rest + body if self._rest else body
         if not self._started and len(text) >= 3:
             self._started = True
