@@ -44,6 +44,8 @@ class Poller:
     """
 
     def __init__(self) -> None:
+        #: Seconds spent looking instead of sleeping: processor time that work could have had.
+        self.spun = 0.0
         self._set = select.epoll() if hasattr(select, "epoll") else _PollSet()
 
     def register(self, fd: int, mask: int) -> None:
@@ -73,9 +75,12 @@ class Poller:
             wait = deadline - time.monotonic() - _SPIN
         if wait > 0:
             self._sleep(wait)
+        begun = now = time.monotonic()
         ready = self._set.poll(0)
-        while not ready and time.monotonic() < deadline:
+        while not ready and now < deadline:
             ready = self._set.poll(0)
+            now = time.monotonic()
+        self.spun += now - begun
         return ready
 
     def _sleep(self, wait: float) -> None:

@@ -94,7 +94,7 @@ def rate(per_second: int, duration: float, shards: int) -> tuple[str, ...]:
         str(shards),
         f"{metrics['request_throughput']:,.0f}",
         f"{metrics['send_delay']['p50'] * 1e3:.2f} / {metrics['send_delay']['p99'] * 1e3:.2f}",
-        f"{record.info.cpu / span:.0%}",
+        f"{(record.info.cpu - record.info.spun) / span:.0%}",
         _verdict(record, plan),
     )
 
@@ -117,7 +117,7 @@ def streams(users: int) -> tuple[str, ...]:
         f"{metrics['output_throughput']:,.0f}",
         f"{sum(metrics['errors'].values())}",
         f"{metrics['client_lag']['p99'] * 1e3:.2f}",
-        f"{record.info.cpu / span:.0%}",
+        f"{(record.info.cpu - record.info.spun) / span:.0%}",
         _verdict(record, plan),
     )
 

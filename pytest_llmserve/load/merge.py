@@ -75,6 +75,7 @@ def _info(infos: Sequence[RecordInfo], shifts: Sequence[float]) -> RecordInfo:
         timestamps="kernel" if all(one.timestamps == "kernel" for one in infos) else "user",
         token_source="usage" if all(one.token_source == "usage" for one in infos) else "events",
         cpu=sum(one.cpu for one in infos),
+        spun=sum(one.spun for one in infos),
         decode_cpu=sum(one.decode_cpu for one in infos),
         stalls=max(one.stalls for one in infos),
         incomplete=any(one.incomplete for one in infos),

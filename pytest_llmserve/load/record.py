@@ -62,7 +62,8 @@ class RecordInfo:
     `ramp_end` is when the measured interval may begin (all users started, or lead-in over) and
     `plan_end` when the plan stops sending. `wall_offset` added to a time gives Unix time.
     `timestamps` says where arrivals come from, `token_source` where token counts do.
-    `cpu` is the CPU time the client used from `start` to the last request's end, `stalls` the
+    `cpu` is the CPU time the client used from `start` to the last request's end, `spun` the part of
+    it in which it only waited for a time that was near; `stalls` the
     longest time its loop was away; `decode_cpu` is what decoding took afterwards. `incomplete`
     is true if the run was interrupted. `shards` is how many processes drove the load; `cpu` is
     then their sum.
@@ -80,6 +81,7 @@ class RecordInfo:
     version: str
     decode_cpu: float = 0.0
     shards: int = 1
+    spun: float = 0.0
 
 
 @dataclass(frozen=True)

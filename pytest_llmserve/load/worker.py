@@ -81,7 +81,7 @@ class Worker:
         tighten_timers()
         with scheduled_soon():
             self._warm_up()
-            start, cpu = self._load()
+            start, cpu, spun = self._load()
         incomplete = client.stopped
         client.stopped = True  # nobody sends any more
         client.cancel()
@@ -105,6 +105,7 @@ class Worker:
             incomplete=incomplete,
             version=CLIENT_VERSION,
             decode_cpu=decode_cpu,
+            spun=spun,
         )
         return Record(info=info, **columns)
 
@@ -113,8 +114,11 @@ class Worker:
         warmup.begin()
         self._client.run(warmup.going)
 
-    def _load(self) -> tuple[float, float]:
-        """Drive the plan until all has ended or the drain is over; its start and the CPU time."""
+    def _load(self) -> tuple[float, float, float]:
+        """Drive the plan until all has ended or the drain is over.
+
+        Gives its start, the CPU time, and the part of that spent waiting.
+        """
         client, planned = self._client, self._plan
         say({"ready": time.time() + _HEAD_START})
         client.run(lambda: self._start is None)
@@ -124,7 +128,7 @@ class Worker:
         give_up = plan_end + planned.drain
         closed = isinstance(planned.arrivals, plan.ClosedLoop)
         self._driver = load = (Closed if closed else Open)(client, planned, self._shard, start)
-        client.stalls = 0.0
+        client.stalls = client.poller.spun = 0.0
         cpu = time.process_time()
         load.begin()
         self._enter("ramp", ramp_end)
@@ -132,7 +136,7 @@ class Worker:
         client.at(plan_end, lambda: self._enter("drain", give_up))
         client.run(load.sending)
         client.run(lambda: client.in_flight > 0 and time.monotonic() < give_up)
-        return start, time.process_time() - cpu
+        return start, time.process_time() - cpu, client.poller.spun
 
     def _listen(self) -> None:
         """Stop on the parent's end, SIGINT and SIGTERM."""

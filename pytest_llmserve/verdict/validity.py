@@ -255,7 +255,7 @@ def _client_lag(record: Record, metrics: Mapping[str, Any], bounds: Mapping[str,
 def _keeps_up(record: Record, metrics: Mapping[str, Any], calibration: Calibration | None) -> Check:
     """Whether the server was what limited the run, and not the client."""
     length = float(record.end.max(initial=record.info.plan_end)) - record.info.start
-    share = record.info.cpu / length / record.info.shards
+    share = max(0.0, record.info.cpu - record.info.spun) / length / record.info.shards
     behind = metrics["client_lag"]["p90"] or 0.0
     rate, limit = _busiest(record), calibration.events_limit if calibration else None
     words = [f"the client used {share:.1%} of one core, {CPU:.0%} is too much"]
