@@ -10,7 +10,7 @@ import threading
 import time
 
 from emulated import emulated
-from wire_server import HEAD, WireServer, chunk, steady, text
+from wire_server import WireServer, steady
 
 from pytest_llmserve.load import control
 from pytest_llmserve.load.control import drive
@@ -61,17 +61,14 @@ def test_a_client_that_gets_a_small_share_of_the_processor(monkeypatch):
     assert "a tenth of the events waited" in found.detail
 
 
-def test_more_than_the_client_can_take():
-    block = chunk(text()) * 2000
-
-    def flood(conn, request):
-        conn.sendall(HEAD)
-        while True:
-            conn.sendall(block)
-
-    plan = LoadPlan(closed_loop(2, ramp=0.0), Workload(16, 10**9), duration=3.0, drain=0.1)
-    with WireServer(flood) as server:
-        record = drive(Target(server.url, "m", token_ids=POOL), plan)
+def test_a_server_at_its_maximum_and_a_client_held_back(monkeypatch):
+    flags = ("--load-time", "0", "--served-model-name", "m", "--schedule", "max-rate")
+    plan = LoadPlan(closed_loop(8, ramp=0.0), Workload(16, 3000), duration=2.0, drain=30)
+    with emulated(*flags) as server:
+        target = Target(f"http://127.0.0.1:{server.port}", "m", {}, {"ignore_eos": True}, POOL)
+        over = held(monkeypatch, running=0.02, stopped=0.15)
+        record = drive(target, plan)
+        over.set()
     found = judge(record, plan)["client_cpu"]
     assert not found.ok
     assert found.detail.startswith("the client was the bottleneck, not the server")
