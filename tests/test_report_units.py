@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_llmserve.report.terminal import align, split_objective
+from pytest_llmserve.report.terminal import _verdict_row, align, split_objective
 from pytest_llmserve.report.units import show, show_margin, show_time
 
 FACTORS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
@@ -68,3 +68,16 @@ def test_objectives_are_taken_apart():
     assert split_objective("output_throughput >= 1000") == ("output_throughput", ">=")
     assert split_objective("baseline ttft.p95")[1] == ""
     assert not re.search(r"[<>]", split_objective("baseline ttft.p95")[0])
+
+
+@pytest.mark.parametrize(
+    ("objective", "measured", "bound", "shown"),
+    [
+        ("baseline output_throughput", 4705.0, 4405.0, ("≥ 4,405 tok/s", "+6.8 %")),
+        ("drift ttft.p95", 0.08, 0.064, ("≤ 64 ms", "-25.0 %")),
+        ("baseline ttft.p95", 0.05, None, ("–", "–")),
+    ],
+)
+def test_a_comparison_has_its_margin_on_the_good_side_too(objective, measured, bound, shown):
+    verdict = {"objective": objective, "measured": measured, "bound": bound, "verdict": "pass"}
+    assert _verdict_row(verdict)[2:4] == shown

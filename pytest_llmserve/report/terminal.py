@@ -127,14 +127,23 @@ def run_line(run: Mapping[str, Any]) -> str:
 
 
 def _verdict_row(verdict: Mapping[str, Any]) -> Row:
-    metric, relation = split_objective(verdict["objective"])
+    objective, bound = verdict["objective"], verdict["bound"]
+    metric, relation = split_objective(objective)
+    # A comparison's bound is the worst value that its rule would have let pass.
+    side = relation or (_good_side(metric) if bound is not None else "")
     return (
-        metric if relation else verdict["objective"],
+        metric if relation else objective,
         show(metric, verdict["measured"]),
-        f"{ {'>=': '≥', '<=': '≤'}.get(relation, '') } {show(metric, verdict['bound'])}".strip(),
-        show_margin(relation, verdict["measured"], verdict["bound"]),
+        f"{ {'>=': '≥', '<=': '≤'}.get(side, '') } {show(metric, bound)}".strip(),
+        show_margin(side, verdict["measured"], bound) if side else "–",
         verdict["verdict"],
     )
+
+
+def _good_side(metric: str) -> str:
+    from pytest_llmserve.verdict.baseline import tracked
+
+    return ">=" if tracked(metric).better == "higher" else "<="
 
 
 def split_objective(objective: str) -> tuple[str, str]:
