@@ -26,6 +26,11 @@ ROOT = Path(__file__).parent.parent
 URL = re.compile(r"(http://127\.0\.0\.1:\d+)")
 
 
+def heeds_interrupts() -> None:
+    """Shells start background jobs, CI among them, with SIGINT ignored; children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def serving(cwd: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
@@ -36,6 +41,7 @@ def serving(cwd: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.STDOUT,
         text=True,
         bufsize=1,
+        preexec_fn=heeds_interrupts,
     )
     try:
         yield process

@@ -195,6 +195,8 @@ def test_however_pytest_ends_no_server_is_left(project, how):
         text=True,
         cwd=pytester.path,
         start_new_session=True,
+        # Shells start background jobs, CI among them, with SIGINT ignored; children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     pid = 0
