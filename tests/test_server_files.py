@@ -243,6 +243,7 @@ def test_unknown_name_is_answered_with_those_there_are(tmp_path):
 def test_configs_of_the_suites(monkeypatch):
     monkeypatch.setenv("LLMSERVE_ENDPOINT", "http://127.0.0.1:8000/v1/")
     monkeypatch.setenv("LLMSERVE_TINY_MODEL", "/models/tiny")
+    monkeypatch.setenv("LLMSERVE_MODEL_DIR", "/models/qwen3-8b")
     monkeypatch.setenv("LLMSERVE_VLLM_PYTHON", "/env/bin/python")
     configs = {name: find_server_config(name, [SUITES]) for name in server_names([SUITES])}
     assert {
