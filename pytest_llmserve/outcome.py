@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_llmserve.errors import ConfigError
-from pytest_llmserve.run import Outcome, Run, Verdict
+from pytest_llmserve.run import Outcome, Run, Verdict, worst
 
 if TYPE_CHECKING:
     from pytest_llmserve.config import Settings
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from pytest_llmserve.verdict.baseline import Compared, Stored, Tracked
 
 _RECORD: pytest.StashKey[TestRecord] = pytest.StashKey()
-_ORDER: tuple[Outcome, ...] = ("pass", "inconclusive", "fail", "invalid")
 
 
 @dataclass
@@ -106,11 +105,6 @@ def forget(item: pytest.Item) -> None:
 
 
 test_record.__test__ = False  # type: ignore[attr-defined]
-
-
-def worst(verdicts: Iterable[Outcome]) -> Outcome | None:
-    """The verdict that decides: invalid, fail, inconclusive, pass, in this order; None of none."""
-    return max(verdicts, key=_ORDER.index, default=None)
 
 
 def explain(verdicts: Iterable[Verdict]) -> str:

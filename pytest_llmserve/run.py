@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from pytest_llmserve.servers import Server
 
 Outcome = Literal["pass", "fail", "inconclusive", "invalid"]
+_ORDER: tuple[Outcome, ...] = ("pass", "inconclusive", "fail", "invalid")
+
+
+def worst(outcomes: Iterable[Outcome]) -> Outcome | None:
+    """The outcome that decides: invalid, fail, inconclusive, pass, in this order; None of none."""
+    return max(outcomes, key=_ORDER.index, default=None)
 
 
 @dataclass(frozen=True)

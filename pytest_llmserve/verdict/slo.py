@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pytest_llmserve import run as runs
 from pytest_llmserve.errors import ConfigError
 from pytest_llmserve.report.units import show, show_time
 from pytest_llmserve.run import Outcome, Run, Verdict
@@ -165,8 +166,7 @@ def uncertified(metrics: Mapping[str, Any], name: str) -> str | None:
 
 def worst(verdicts: Iterable[Verdict]) -> Outcome | None:
     """The verdict that decides: invalid, fail, inconclusive, pass, in this order; None of none."""
-    order: Sequence[Outcome] = ("pass", "inconclusive", "fail", "invalid")
-    return max((v.verdict for v in verdicts), key=order.index, default=None)
+    return runs.worst(v.verdict for v in verdicts)
 
 
 def _explain(run: Run, objective: Objective, measured: float) -> str:
