@@ -14,18 +14,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytest_llmserve.load.plan import closed_loop, open_loop
+    from pytest_llmserve.load.ask import post
+    from pytest_llmserve.load.plan import Lengths, closed_loop, open_loop, trace
     from pytest_llmserve.verdict.slo import at_least, at_most
 
-__all__ = ["at_least", "at_most", "closed_loop", "open_loop"]
+__all__ = ["Lengths", "at_least", "at_most", "closed_loop", "open_loop", "post", "trace"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use (PEP 562): pytest imports this package in every run of every user.
-    if name in ("closed_loop", "open_loop"):
+    if name in ("Lengths", "closed_loop", "open_loop", "trace"):
         from pytest_llmserve.load import plan
 
         return getattr(plan, name)
+    if name == "post":
+        from pytest_llmserve.load.ask import post
+
+        return post
     if name in ("at_least", "at_most"):
         from pytest_llmserve.verdict import slo
 

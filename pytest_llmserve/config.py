@@ -51,6 +51,11 @@ OPTIONS = (
     Option("api-key-env", "environment variable that holds the endpoint's API key", metavar="NAME"),
     Option("model", "model to serve, or the name under which the endpoint serves it", metavar="M"),
     Option("server", "server config to use: a name or a YAML file", metavar="NAME|FILE"),
+    Option(
+        "profile",
+        "what is expected of this machine, its server included: a name or a YAML file",
+        metavar="NAME|FILE",
+    ),
     Option("baselines", "folder of baselines (default: baselines)", "DIR", default="baselines"),
     Option(
         "update-baselines",
@@ -78,15 +83,15 @@ OPTIONS = (
 )
 
 #: Options without which a command that is proposed would measure something else.
-_DECIDING = ("engine", "endpoint", "api-key-env", "model", "server", "baselines")
+_DECIDING = ("engine", "endpoint", "api-key-env", "model", "server", "profile", "baselines")
 
 
 @dataclass(frozen=True)
 class Settings:
     """All settings of one pytest run. Paths are absolute; `server` is what the command line says,
-    which wins over markers, and `default_server` what the ini file says, which does not. `given`
-    are the options of the command line that decide what is measured and by which baselines;
-    `command` is all that was typed."""
+    which wins over markers, and `default_server` what the ini file says, which does not: a
+    profile's server comes before it. `given` are the options of the command line that decide what
+    is measured and by which baselines; `command` is all that was typed."""
 
     rootdir: Path
     engine: str
@@ -96,6 +101,8 @@ class Settings:
     server: str | None
     default_server: str | None
     server_dirs: tuple[Path, ...]
+    profile: str | None
+    profile_dirs: tuple[Path, ...]
     baselines: Path
     update_baselines: UpdateMode
     reason: str | None
@@ -169,6 +176,8 @@ def read_settings(config: pytest.Config) -> Settings:
         server=on_command_line,
         default_server=None if on_command_line else given["server"] or None,
         server_dirs=tuple(Path(d) for d in dirs),
+        profile=given["profile"] or None,
+        profile_dirs=(root / "suites/profiles", root / "profiles"),
         baselines=_baselines(root / given["baselines"]),
         update_baselines=cast("UpdateMode", mode),
         reason=given["reason"] or None,

@@ -10,6 +10,10 @@ class ConfigError(Exception):
     """Something the user wrote is wrong: an option, a marker, a server config, a baseline file."""
 
 
+class UnavailableError(ConfigError):
+    """A test asks for a server that the profile or the endpoint does not have: it is skipped."""
+
+
 class ServerError(Exception):
     """A server could not be started, reached or kept alive."""
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import pytest
 
-from pytest_llmserve.errors import ConfigError, LoadError, ServerError
+from pytest_llmserve.errors import ConfigError, LoadError, ServerError, UnavailableError
 from pytest_llmserve.outcome import Measured, TestRecord, test_record
 from pytest_llmserve.run import Run, Verdict
 
 if TYPE_CHECKING:
-    from pytest_llmserve.load.plan import Arrivals, LoadPlan
+    from pytest_llmserve.load.plan import Arrivals, Lengths, LoadPlan
+    from pytest_llmserve.profiles import Profile
     from pytest_llmserve.servers import Server, ServerConfig
     from pytest_llmserve.session import Session
     from pytest_llmserve.verdict.slo import Objective
@@ -42,6 +43,8 @@ def serve(request: pytest.FixtureRequest, arguments: Mapping[str, Any], where: s
     session = session_of(request.config)
     try:
         found = resolve(session.settings, arguments, where)
+    except UnavailableError as error:
+        pytest.skip(str(error))
     except ConfigError as error:
         stop_test(error)
     return _running(session, found.config, request.config)
@@ -132,11 +135,14 @@ class Load:
         arrivals: Arrivals,
         *,
         duration: float = 30.0,
-        prompt_tokens: int = 128,
-        output_tokens: int = 128,
+        prompt_tokens: int | Lengths = 128,
+        output_tokens: int | Lengths = 128,
         api: Literal["completions", "chat"] = "completions",
         stream: bool = True,
         shared_prefix: int = 0,
+        prefixes: int = 1,
+        turns: int = 1,
+        dataset: str | None = None,
         warmup: int | None = None,
         drain: float = 60.0,
         timeout: float = 600.0,
@@ -145,6 +151,8 @@ class Load:
     ) -> Run:
         """Measure one load; all lengths in tokens, all times in seconds.
 
+        What a request asks for is a `Workload` (`load.plan`); `Lengths` in place of a number of
+        tokens draws each request's length from a distribution.
         `warmup` requests go ahead unmeasured (None: one for each user). `allow_errors` is the
         share of requests that may fail in a valid run. `seed` repeats an earlier run's requests;
         without one the prompts are new. A run that is no measurement (`Run.valid` is false) makes
@@ -154,7 +162,18 @@ class Load:
         from pytest_llmserve.measurement import fresh_seed
 
         try:
-            workload = Workload(prompt_tokens, output_tokens, shared_prefix, api, stream)
+            workload = Workload(
+                prompt_tokens=_middle(prompt_tokens),
+                output_tokens=_middle(output_tokens),
+                shared_prefix=shared_prefix,
+                api=api,
+                stream=stream,
+                prefixes=prefixes,
+                prompt_lengths=None if isinstance(prompt_tokens, int) else prompt_tokens,
+                output_lengths=None if isinstance(output_tokens, int) else output_tokens,
+                turns=turns,
+                dataset=dataset,
+            )
             users = arrivals.users if isinstance(arrivals, ClosedLoop) else 8
             plan = LoadPlan(
                 arrivals=arrivals,
@@ -165,7 +184,7 @@ class Load:
                 timeout=timeout,
                 seed=fresh_seed() if seed is None else seed,
             )
-        except ValueError as error:
+        except (ConfigError, ValueError) as error:
             stop_test(error)
         run = self.again(plan, allow_errors=allow_errors)
         for _ in range(1, self.runs):
@@ -211,6 +230,11 @@ class Load:
         return replace(self, server=_running(self.session, self.server.config, self.config))
 
 
+def _middle(length: int | Lengths) -> int:
+    """The number that stands for a length in tables where it is drawn from a distribution."""
+    return length if isinstance(length, int) else (length.low + length.high) // 2
+
+
 @pytest.fixture
 def load(request: pytest.FixtureRequest, llm_server: Server) -> Load:
     """Callable that drives a load against `llm_server` and measures it (see `Load.__call__`)."""
@@ -228,6 +252,26 @@ def make_load(request: pytest.FixtureRequest, server: Server) -> Load:
     if runs is not None and record.calibrated is None:
         record.calibrated = {}
     return Load(server, session_of(request.config), record, request.config, runs or 1)
+
+
+@pytest.fixture
+def llm_profile(request: pytest.FixtureRequest) -> Profile:
+    """What is expected of this machine, by `--llmserve-profile` (see `profiles.Profile`)."""
+    from pytest_llmserve.plugin import session_of
+    from pytest_llmserve.resolve import profile_of
+
+    try:
+        found = profile_of(session_of(request.config).settings)
+    except ConfigError as error:
+        stop_test(error)
+    if found is None:
+        stop_test(
+            ConfigError(
+                "the fixture llm_profile has none to give: add --llmserve-profile NAME|FILE, or "
+                "llmserve_profile to the ini file"
+            )
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ import pytest
 
 from pytest_llmserve.comparing import ab, baseline
 from pytest_llmserve.config import Settings, add_options, read_settings
-from pytest_llmserve.errors import ConfigError
+from pytest_llmserve.errors import ConfigError, UnavailableError
 from pytest_llmserve.fixtures import (
     MARKER,
     calibration_runs,
     check_capstone,
+    llm_profile,
     llm_server,
     load,
     marker_arguments,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pytest_llmserve.load.calibration import Calibration
     from pytest_llmserve.session import Session
 
-__all__ = ["ab", "baseline", "llm_server", "load", "slo"]
+__all__ = ["ab", "baseline", "llm_profile", "llm_server", "load", "slo"]
 
 _SETTINGS: pytest.StashKey[Settings] = pytest.StashKey()
 _SESSION: pytest.StashKey[Session] = pytest.StashKey()
@@ -40,10 +41,22 @@ _SERVERS: pytest.StashKey[list[str]] = pytest.StashKey()
 _BAD_ITEM: pytest.StashKey[str] = pytest.StashKey()
 _DESELECTED: pytest.StashKey[bool] = pytest.StashKey()
 
+#: A test is ours if it uses one of these; what they are called nobody else's fixtures are.
+_FIXTURES = frozenset(("llm_server", "llm_profile"))
+
 _MARKERS = (
-    "llmserve(server=…, engine=…, model=…, args={…}): the server this test measures",
+    "llmserve(server=…, engine=…, model=…, args={…} or variant=…): the server this test measures",
     "llmserve_calibrate(runs=10): measure each load so often, report its noise, judge no baseline",
+    "inference_vs_serving: one user against many: what serving makes of the idle rest of the chip",
+    "three_numbers: tokens/s, time to first token, latency against throughput",
+    "continuous_batching: late requests join what runs; more users cost queueing only at the limit",
+    "paged_attention: KV cache follows the tokens in flight; prefixes are shared; overload is safe",
+    "speculative_decoding: the same answers in fewer steps, and when that pays",
+    "tensorrt_llm: TensorRT-LLM against vLLM, alternated",
     "capstone: 30 users, 1,000 tokens/s, TTFT p95, latency under load",
+    "robustness: no request, however odd, brings the server down",
+    "soak: ten minutes under load without drift or leak",
+    "nightly: what a nightly gate runs",
 )
 
 
@@ -94,8 +107,8 @@ def pytest_configure_node(node: Any) -> None:
 
 
 def _is_ours(item: pytest.Item) -> bool:
-    return item.get_closest_marker(MARKER) is not None or "llm_server" in getattr(
-        item, "fixturenames", ()
+    return item.get_closest_marker(MARKER) is not None or not _FIXTURES.isdisjoint(
+        getattr(item, "fixturenames", ())
     )
 
 
@@ -118,6 +131,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             calibration_runs(item)
             where = f"{item.nodeid}: @pytest.mark.llmserve"
             found = resolve(settings, marker_arguments(item), where)
+        except UnavailableError:
+            keys[item] = len(order)  # its own fixture skips it
+            continue
         except ConfigError as error:
             if not _worker_input(config):
                 raise pytest.UsageError(str(error)) from None

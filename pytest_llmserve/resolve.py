@@ -1,7 +1,8 @@
 """Which server a test gets: options, marker and server config files → one `ServerConfig`.
 
 The rule, in order: an endpoint is attached to; `--llmserve-server` wins over the test's marker,
-the marker over the ini file's `llmserve_server`, and without any the emulated engine serves.
+the marker over the profile, the profile over the ini file's `llmserve_server`, and without any the
+emulated engine serves. `variant=` is that server as the profile's variant of this name changes it.
 Then `--llmserve-engine`: `auto` runs the config's engine if it and its GPU are here and imitates
 it with the emulated engine if not; `emulator` always imitates; a real engine's name insists.
 """
@@ -13,11 +14,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_llmserve.config import Settings, check_endpoint
-from pytest_llmserve.errors import ConfigError
+from pytest_llmserve.errors import ConfigError, UnavailableError
 from pytest_llmserve.servers import ContainerRunner, Emulation, ServerConfig
+
+if TYPE_CHECKING:
+    from pytest_llmserve.profiles import Profile
 
 #: Arguments of `@pytest.mark.llmserve` and of `factories.llm_server`, with their types.
 ARGUMENTS: Mapping[str, tuple[type, ...]] = {
@@ -31,6 +35,7 @@ ARGUMENTS: Mapping[str, tuple[type, ...]] = {
     "hardware": (str,),
     "ready_timeout": (int, float),
     "emulation": (dict,),
+    "variant": (str,),
 }
 
 
@@ -52,7 +57,9 @@ def check_arguments(where: str, arguments: Mapping[str, Any]) -> None:
             raise ConfigError(f"{where}: {name}={value!r} must be {kinds[-1].__name__}")
     if "server" in arguments and "engine" in arguments:
         raise ConfigError(f"{where}: server= names a config that has its engine: drop engine=")
-    alone = set(arguments) - {"server", "engine", "endpoint"}
+    if "variant" in arguments and len(arguments) > 1:
+        raise ConfigError(f"{where}: variant= says all of a server: write it alone")
+    alone = set(arguments) - {"server", "engine", "endpoint", "variant"}
     if alone and not {"server", "engine", "endpoint"} & set(arguments):
         raise ConfigError(f"{where}: {sorted(alone)[0]}= needs server= or engine= beside it")
 
@@ -64,7 +71,10 @@ def resolve(settings: Settings, arguments: Mapping[str, Any], where: str) -> Res
     """
     check_arguments(where, arguments)
     endpoint = settings.endpoint or check_endpoint(arguments.get("endpoint"), where)
-    if endpoint:
+    if "variant" in arguments:
+        config = _variant(settings, arguments["variant"])
+        arguments = {}
+    elif endpoint:
         return _model(
             ServerConfig(
                 name="attach",
@@ -75,7 +85,8 @@ def resolve(settings: Settings, arguments: Mapping[str, Any], where: str) -> Res
             ),
             settings,
         )
-    config = _chosen(settings, arguments, where)
+    else:
+        config = _chosen(settings, arguments, where)
     changes = {k: v for k, v in arguments.items() if k not in ("server", "engine", "endpoint")}
     if isinstance(changes.get("emulation"), dict):
         changes["emulation"] = _emulation(changes["emulation"], where)
@@ -121,17 +132,54 @@ def emulate(config: ServerConfig) -> ServerConfig | None:
     )
 
 
+def profile_of(settings: Settings) -> Profile | None:
+    """The profile that the options name; None if they name none. Raises ConfigError."""
+    if settings.profile is None:
+        return None
+    from pytest_llmserve.profiles import load_profile
+
+    return load_profile(settings.profile, settings.profile_dirs)
+
+
+def _variant(settings: Settings, name: str) -> ServerConfig:
+    """The server of the options, as the profile's variant changes it."""
+    profile = profile_of(settings)
+    if profile is None or name not in profile.variants:
+        there = f"profile {profile.name} has none" if profile else "no profile is chosen"
+        raise UnavailableError(f"needs the variant {name!r} of a server, and {there}")
+    if settings.endpoint:
+        raise UnavailableError(
+            f"needs the variant {name!r} of the server, and --llmserve-endpoint gives one only"
+        )
+    variant = profile.variants[name]
+    chosen = dataclasses.replace(settings, server=variant.server or settings.server)
+    config = _chosen(chosen, {}, "")
+    emulation = config.emulation
+    if variant.options and emulation is not None:
+        options = {**emulation.options, **variant.options}
+        emulation = dataclasses.replace(emulation, options=options)
+    return dataclasses.replace(
+        config,
+        name=f"{config.name}-{name}" if variant.server is None else config.name,
+        args={**config.args, **variant.args},
+        env={**config.env, **variant.env},
+        emulation=emulation,
+    )
+
+
 def _chosen(settings: Settings, arguments: Mapping[str, Any], where: str) -> ServerConfig:
     name = settings.server or arguments.get("server")
     if not name and "engine" in arguments:
         return _inline(arguments["engine"], str(arguments.get("model", "")))
-    name = name or settings.default_server
+    profile = profile_of(settings) if not name else None
+    default = profile.server if profile else settings.default_server
+    name = name or default
     if name:
         from pytest_llmserve.server_files import find_server_config
 
         config = find_server_config(name, settings.server_dirs)
         mismatch = settings.engine not in ("auto", "emulator", config.engine)
-        if not (mismatch and settings.model and name == settings.default_server):
+        if not (mismatch and settings.model and name == default):
             return config
     if settings.engine in ("auto", "emulator"):
         return _inline("emulator", "")

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_llmserve.errors import ConfigError
-from pytest_llmserve.server_files import find_server_config, load_server_config, server_names
+from pytest_llmserve.server_files import find_server_config, load_server_config
 from pytest_llmserve.servers import ContainerRunner, Emulation, ProcessRunner, ServerConfig
+from pytest_llmserve.yaml_files import names
 
 SUITES = Path(__file__).parents[1] / "suites" / "servers"
 FULL = """
@@ -221,7 +222,7 @@ def test_names_are_found_in_order_of_the_folders(tmp_path):
         write(tmp_path / folder, f"engine: vllm\nmodel: {model}\n", "both.yaml")
     write(tmp_path / "second", "engine: emulator\n", "only.yml")
     folders = [tmp_path / "missing", tmp_path / "first", tmp_path / "second"]
-    assert sorted(server_names(folders)) == ["both", "only"]
+    assert sorted(names(folders)) == ["both", "only"]
     assert find_server_config("both", folders).model == "a"
     assert find_server_config("only", folders).engine == "emulator"
     assert find_server_config(str(tmp_path / "second/both.yaml"), []).model == "b"
@@ -245,7 +246,7 @@ def test_configs_of_the_suites(monkeypatch):
     monkeypatch.setenv("LLMSERVE_TINY_MODEL", "/models/tiny")
     monkeypatch.setenv("LLMSERVE_MODEL_DIR", "/models/qwen3-8b")
     monkeypatch.setenv("LLMSERVE_VLLM_PYTHON", "/env/bin/python")
-    configs = {name: find_server_config(name, [SUITES]) for name in server_names([SUITES])}
+    configs = {name: find_server_config(name, [SUITES]) for name in names([SUITES])}
     assert {
         "emulated-spark",
         "qwen3-8b-nvfp4",

@@ -6,25 +6,39 @@ from pytest_llmserve import at_least, at_most, closed_loop
 
 pytestmark = pytest.mark.capstone
 
-USERS = 30
 
-
-def test_thirty_users(load, slo, baseline):
-    """30 users, each with a request in flight all the time: 1,000 output tokens/s between them, and
-    95 of 100 requests see their first token within half a second."""
-    run = load(closed_loop(users=USERS), duration=60)
+def test_thirty_users(load, slo, baseline, llm_profile):
+    """Every user has a request in flight all the time: 1,000 output tokens/s between 30 of them,
+    and 95 of 100 requests see their first token within half a second."""
+    run = load(
+        closed_loop(users=llm_profile.users),
+        duration=llm_profile.duration,
+        prompt_tokens=llm_profile.prompt_tokens,
+        output_tokens=llm_profile.output_tokens,
+    )
     slo.check(
         run,
-        at_least("output_throughput", 1000),
-        at_most("ttft.p95", 0.5),
-        at_least("concurrency.max", USERS),
+        at_least("output_throughput", llm_profile.bound("output_throughput")),
+        at_most("ttft.p95", llm_profile.bound("ttft.p95")),
+        at_least("concurrency.max", llm_profile.users),
     )
     baseline.check(run)
 
 
-def test_latency_under_load(load, slo):
+def test_latency_under_load(load, slo, llm_profile):
     """What more users cost each of them: throughput rises, and so does everyone's waiting."""
-    curve = [load(closed_loop(users=users), duration=12) for users in (1, 2, 4, 8, 16, USERS)]
+    points = [1, 2, 4, 8, 16, 32, 64, 128]
+    users = [n for n in points if n < llm_profile.users] + [llm_profile.users]
+    curve = [
+        load(
+            closed_loop(users=n),
+            duration=llm_profile.duration / 5,
+            prompt_tokens=llm_profile.prompt_tokens,
+            output_tokens=llm_profile.output_tokens,
+        )
+        for n in users
+    ]
     alone, full = curve[0], curve[-1]
     # Serving turns the idle rest of the chip into users: that is the whole point of batching.
-    slo.check(full, at_least("output_throughput", 5 * alone["output_throughput"]))
+    gain = llm_profile.bound("batching_gain")
+    slo.check(full, at_least("output_throughput", gain * alone["output_throughput"]))
