@@ -18,7 +18,8 @@ from pytest_llmserve.load.control import Progress, drive
 from pytest_llmserve.load.plan import LoadPlan, Target
 from pytest_llmserve.load.tokens import prepare, token_pool
 from pytest_llmserve.metrics.definitions import measure
-from pytest_llmserve.metrics.server import Sampler, delta, scrape
+from pytest_llmserve.metrics.server import Sampler, delta, scrape, summarize
+from pytest_llmserve.metrics.window import window
 from pytest_llmserve.run import Check, Run
 from pytest_llmserve.verdict.fingerprint import fingerprint
 from pytest_llmserve.verdict.hardware import describe
@@ -73,8 +74,11 @@ def take(
         record = drive(
             target, plan, progress=progress, record_path=record_path, alive=alive, prompts=prompts
         )
-    counters = delta(before, _settled(server, engine))
+    after = _settled(server, engine)
+    counters = delta(before, after)
     metrics = measure(record, plan)
+    span = window(record, plan)
+    metrics["server"] = summarize(sampler.series, counters, after, span)
     lives = alive()
     why = None if lives else ended()
 
@@ -111,7 +115,8 @@ def _settled(server: Server, engine: Engine) -> dict[str, float]:
     deadline = time.monotonic() + SETTLE
     while True:
         counters = scrape(server, engine)
-        if not counters.get("running") or time.monotonic() > deadline:
+        busy = counters.get("running") or counters.get("waiting")
+        if not busy or time.monotonic() > deadline:
             return counters
         time.sleep(0.1)
 

@@ -46,7 +46,9 @@ class Run:
 
     `metrics` is nested as in the result file (`{"ttft": {"p95": …}, "output_throughput": …}`);
     `run["ttft.p95"]` is the short way to one value. `server_metrics` are the server's own
-    counters over the load. `fingerprint` says what was measured, on what.
+    counters over the load, `telemetry` what the GPUs said (docs/metrics.md, "Of the GPU"), and
+    `roofline` the arithmetic of the figure of that name, each with the `reason` if there is none.
+    `fingerprint` says what was measured, on what.
     """
 
     test: str
@@ -57,6 +59,8 @@ class Run:
     fingerprint: Mapping[str, Any]
     server_metrics: Mapping[str, Any] = field(default_factory=dict)
     record: Record | None = field(default=None, repr=False)
+    telemetry: Mapping[str, Any] = field(default_factory=dict)
+    roofline: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def valid(self) -> bool:

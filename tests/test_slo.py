@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -54,6 +55,10 @@ def test_every_metric_may_be_asked_for(name):
         (lambda: at_least("throughput", 1), "output_throughput"),
         (lambda: at_most("ttft", 1), "is a group: name one of ttft.mean"),
         (lambda: at_least("users", 30), "concurrency.max"),
+        (lambda: at_most("server.preemption", 0), "did you mean server.preemptions"),
+        (lambda: at_most("preemptions", 0), "server.preemptions"),
+        (lambda: at_most("server.waiting", 0), "is a group: name one of server.waiting.mean"),
+        (lambda: at_most("gpu.power.p95", 0), "gpu.power.m"),
         (lambda: at_least("zzz", 1), "use one of output_throughput"),
         (lambda: at_most("ttft.p95", float("nan")), "finite"),
         (lambda: at_most("ttft.p95", float("inf")), "finite"),
@@ -87,6 +92,26 @@ def test_a_value_that_is_not_a_number_is_inconclusive():
     verdict = one(make_run({"output_throughput": float("nan")}), at_least("output_throughput", 1))
     assert verdict.verdict == "inconclusive"
     assert verdict.measured is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "why"),
+    [
+        ("server.acceptance_rate", "vllm does not show it in its metrics"),
+        ("gpu.power.mean", "there is no GPU"),
+        ("energy_per_token", "there is no GPU"),
+        ("roofline", "nobody knows this chip"),
+    ],
+)
+def test_what_could_not_be_measured_is_inconclusive_with_its_reason(metric, why):
+    run = replace(
+        make_run({"server": {"acceptance_rate": None}, "roofline": None}),
+        telemetry={"reason": "there is no GPU"},
+        roofline={"reason": "nobody knows this chip"},
+    )
+    verdict = one(run, at_least(metric, 1))
+    assert (verdict.verdict, verdict.measured) == ("inconclusive", None)
+    assert why in verdict.reason
 
 
 @pytest.mark.parametrize(("statistic", "needed"), MINIMUM_SAMPLES.items())

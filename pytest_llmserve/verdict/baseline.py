@@ -136,6 +136,13 @@ class _Point:
     planned: int = 0
 
 
+#: What a server says of its state rather than of its speed.
+_STATES = ("running", "waiting", "kv_usage", "preemptions", "prefix_hit_rate")
+_MORE_IS_BETTER = (
+    "goodput", "roofline", "tokens_per_event", "acceptance_rate", "accepted_length",
+)  # fmt: skip
+
+
 def tracked(metric: str | Tracked) -> Tracked:
     """A metric with the direction and floor that suit it: rates 3 % down, tails (p90 and beyond)
     10 % and other times 5 % up. Raises ConfigError for what is no performance metric."""
@@ -145,14 +152,14 @@ def tracked(metric: str | Tracked) -> Tracked:
         if known.metric == metric:
             return known
     check_metric(metric, f"compared metric {metric!r}")
-    group, _, statistic = metric.partition(".")
-    if group in ("send_delay", "client_lag", "requests", "errors", "concurrency"):
+    group, _, statistic = metric.removeprefix("server.").partition(".")
+    if group in ("send_delay", "client_lag", "requests", "errors", "concurrency", "gpu", *_STATES):
         raise ConfigError(
             f"compared metric {metric!r} says how the load went, not how fast the server is: "
             "name a throughput or a latency"
         )
     tail = statistic in ("p90", "p95", "p99", "max")
-    if group.endswith("throughput") or group in ("goodput", "roofline", "tokens_per_event"):
+    if group.endswith("throughput") or group in _MORE_IS_BETTER:
         return Tracked(metric, "higher", 0.10 if statistic in ("min", "max") else 0.03)
     return Tracked(metric, "lower", 0.10 if tail else 0.05)
 

@@ -16,6 +16,45 @@ from pytest_llmserve.errors import ConfigError
 from pytest_llmserve.report.units import show, show_time
 from pytest_llmserve.run import Outcome, Run, Verdict
 
+#: What the server says of itself over a load (docs/metrics.md, "Of the server").
+SERVER = (
+    "server.running.mean",
+    "server.running.max",
+    "server.waiting.mean",
+    "server.waiting.max",
+    "server.kv_usage.mean",
+    "server.kv_usage.max",
+    "server.kv_usage.last",
+    "server.preemptions",
+    "server.prefix_hit_rate",
+    "server.acceptance_rate",
+    "server.accepted_length",
+    "server.queue_time.mean",
+    "server.ttft.mean",
+    "server.e2e.mean",
+    "server.output_throughput",
+    "server.prompt_throughput",
+)
+#: What the GPUs say of themselves in the window (docs/metrics.md, "Of the GPU").
+GPU = (
+    "gpu.utilization.mean",
+    "gpu.utilization.max",
+    "gpu.memory_used.mean",
+    "gpu.memory_used.max",
+    "gpu.system_memory_used.mean",
+    "gpu.system_memory_used.max",
+    "gpu.power.mean",
+    "gpu.power.max",
+    "gpu.temperature.mean",
+    "gpu.temperature.max",
+    "gpu.sm_clock.mean",
+    "gpu.sm_clock.min",
+    "gpu.memory_clock.mean",
+    "gpu.memory_clock.min",
+    "gpu.throttled",
+    "gpu.power_capped",
+    "gpu.energy",
+)
 #: Metrics that are one number, and metrics that are a distribution (METRICS.md, "Per run").
 SCALARS = (
     "output_throughput",
@@ -29,6 +68,8 @@ SCALARS = (
     "tokens_per_event",
     "concurrency.mean",
     "concurrency.max",
+    *SERVER,
+    *GPU,
 )
 DISTRIBUTIONS = ("ttft", "tpot", "itl", "e2e", "send_delay", "client_lag", "user_throughput")
 STATISTICS = ("mean", "p50", "p90", "p95", "p99", "max")
@@ -93,8 +134,8 @@ def check_metric(name: object, where: str) -> None:
     known = known_metrics()
     if name in known or re.fullmatch(r"errors\.[a-z_]+", name):
         return
-    if name in DISTRIBUTIONS or name in ("concurrency", "goodput"):
-        inner = [k for k in known if k.startswith(name + ".")]
+    inner = [k for k in known if k.startswith(f"{name}.")]
+    if inner:
         raise ConfigError(f"{where}: {name!r} is a group: name one of {', '.join(inner)}")
     from difflib import get_close_matches
 
@@ -127,7 +168,7 @@ def _judge(run: Run, objective: Objective) -> Verdict:
     if not run.valid:
         return verdict("invalid", invalid_reason(run))
     if measured is None:
-        return verdict("inconclusive", f"{objective.metric} could not be measured in this run")
+        return verdict("inconclusive", _unmeasured(run, objective.metric))
     lacking = uncertified(run.metrics, objective.metric)
     if lacking:
         return verdict(
@@ -136,6 +177,18 @@ def _judge(run: Run, objective: Objective) -> Verdict:
     if objective.met(measured):
         return verdict("pass", f"{show(objective.metric, measured)} measured")
     return verdict("fail", _explain(run, objective, measured))
+
+
+def _unmeasured(run: Run, metric: str) -> str:
+    """Why a metric has no value in this run, as far as that is known."""
+    missing = f"{metric} could not be measured in this run"
+    if metric.startswith("server."):
+        return f"{missing}: {run.server.engine} does not show it in its metrics, or had none of it"
+    if metric.startswith("gpu.") or metric == "energy_per_token":
+        return f"{missing}: {run.telemetry.get('reason') or 'the GPU does not give it'}"
+    if metric == "roofline" and run.roofline.get("reason"):
+        return f"{missing}: {run.roofline['reason']}"
+    return missing
 
 
 def invalid_reason(run: Run) -> str:
