@@ -362,8 +362,8 @@ def main() -> None:
     with_busy = f"{options.busy} busy process{'es' * (options.busy > 1)}"
     print(
         f"{options.users} users who start at once, {options.requests} requests each, client on one "
-        f"core, server on another; {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}; load average "
-        f"{loads[0]:.2f} before, {max(loads):.2f} at most\n"
+        f"core, server on another; {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}; "
+        f"load average {loads[0]:.2f} before, {max(loads):.2f} at most\n"
     )
     print(
         f"| client | TTFT error p50 / p95 / p99, ms | the same, {with_busy} "
