@@ -17,12 +17,16 @@ def chain(parent: int, tokens: Sequence[int]) -> int:
 
 
 class BlockPool:
-    """`count` blocks of `size` tokens. `prefix_caching` off: nothing is ever found again."""
+    """`count` blocks of `size` tokens. `prefix_caching` off: nothing is looked up; `forgetful`:
+    it is looked up and never found (a fault to inject)."""
 
-    def __init__(self, count: int, size: int, *, prefix_caching: bool = True) -> None:
+    def __init__(
+        self, count: int, size: int, *, prefix_caching: bool = True, forgetful: bool = False
+    ) -> None:
         self.count = count
         self.size = size
         self.prefix_caching = prefix_caching
+        self._remembers = prefix_caching and not forgetful
         self._references = [0] * count
         self._hash: list[int | None] = [None] * count
         self._cached: dict[int, int] = {}
@@ -82,7 +86,7 @@ class BlockPool:
 
     def register(self, block: int, value: int) -> None:
         """Say that a held block is full and carries this prefix. The first block to say so wins."""
-        if self.prefix_caching and value not in self._cached and self._hash[block] is None:
+        if self._remembers and value not in self._cached and self._hash[block] is None:
             self._cached[value] = block
             self._hash[block] = value
 

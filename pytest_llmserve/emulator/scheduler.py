@@ -237,8 +237,9 @@ class Scheduler:
             if not sequence.admitted:
                 sequence.admitted = True
                 sequence.cached = sequence.computed
-                self.totals.prefix_queries += len(sequence.prompt)
-                self.totals.prefix_hits += sequence.cached
+                if self.pool.prefix_caching:  # like vLLM, which counts no look-ups without it
+                    self.totals.prefix_queries += len(sequence.prompt)
+                    self.totals.prefix_hits += sequence.cached
             budget -= work.tokens
             yield work
         # A batch that only the token budget cut short goes on being formed in the next step.

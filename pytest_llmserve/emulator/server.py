@@ -78,8 +78,12 @@ class Emulator:
             max_model_len=settings.max_model_len,
             seed=settings.seed,
         )
-        reuse = settings.prefix_caching and self._faults.get("no-prefix-reuse") is None
-        self._pool = BlockPool(settings.blocks, settings.block_size, prefix_caching=reuse)
+        self._pool = BlockPool(
+            settings.blocks,
+            settings.block_size,
+            prefix_caching=settings.prefix_caching,
+            forgetful=self._faults.get("no-prefix-reuse") is not None,
+        )
         self._scheduler = Scheduler(settings.policy, self._pool, settings.seed)
         self._stats = Stats(self._gauges)
         self._collector = collector_for(settings.dialect, self._stats, settings.served[0])
