@@ -30,6 +30,7 @@ __all__ = [
     "get_engine",
     "normalise_model",
     "third_party_engines",
+    "version_at",
 ]
 
 #: Fetches a path of a running server ("/version") and gives the decoded JSON, or None.
@@ -55,7 +56,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class Engine:
-    """How to start one kind of server, know that it is ready, and talk to it.
+    """How to start one kind of server, know that it is ready, and talk to it. What is only attached
+    to has no `program`, `module` and `command`.
 
     `command` gives the arguments that follow the program (`program`, or `module` run by an
     interpreter) for a config and a port. `environment` gives variables the engine needs.
@@ -72,18 +74,18 @@ class Engine:
     """
 
     name: str
-    program: str
-    module: str
-    command: Callable[[ServerConfig, int], list[str]]
-    environment: Callable[[ServerConfig], dict[str, str]]
     health: str
-    stages: tuple[tuple[str, str], ...]
-    failures: tuple[Failure, ...]
     body: Mapping[str, Any]
     token_prompts: bool
     counters: Mapping[str, tuple[str, ...]]
-    version: Callable[[Fetch], str]
-    effective: Callable[[Fetch], Mapping[str, Any]]
+    program: str = ""
+    module: str = ""
+    command: Callable[[ServerConfig, int], list[str]] = lambda config, port: []
+    environment: Callable[[ServerConfig], dict[str, str]] = lambda config: {}
+    stages: tuple[tuple[str, str], ...] = ()
+    failures: tuple[Failure, ...] = ()
+    version: Callable[[Fetch], str] = lambda fetch: ""
+    effective: Callable[[Fetch], Mapping[str, Any]] = lambda fetch: {}
     needs_gpu: bool = True
     notes: Mapping[str, str] = field(default_factory=dict)
     api_key: str = ""
@@ -91,6 +93,16 @@ class Engine:
     metrics: str = "/metrics"
     metrics_prefix: str = ""
     files: Callable[[ServerConfig], Mapping[str, str]] = lambda config: {}
+
+
+def version_at(path: str) -> Callable[[Fetch], str]:
+    """Reads the version from a path that answers with `{"version": …}`."""
+
+    def version(fetch: Fetch) -> str:
+        answer = fetch(path)
+        return str(answer.get("version", "")) if isinstance(answer, Mapping) else ""
+
+    return version
 
 
 #: Our names of server metrics. Gauges: running waiting kv_usage. Counters: the rest. Histograms

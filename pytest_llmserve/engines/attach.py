@@ -6,43 +6,14 @@ carries that engine's name; this one stands for servers that tell nothing about 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from pytest_llmserve.engines import Engine, Fetch
-from pytest_llmserve.servers import ServerConfig
-
-
-def command(config: ServerConfig, port: int) -> list[str]:
-    return []
-
-
-def environment(config: ServerConfig) -> dict[str, str]:
-    return {}
-
-
-def version(fetch: Fetch) -> str:
-    answer = fetch("/version")
-    return str(answer.get("version", "")) if isinstance(answer, Mapping) else ""
-
-
-def effective(fetch: Fetch) -> Mapping[str, Any]:
-    return {}
-
+from pytest_llmserve.engines import Engine, version_at
 
 ENGINE = Engine(
     name="attach",
-    program="",
-    module="",
-    command=command,
-    environment=environment,
     health="/health",
-    stages=(),
-    failures=(),
     body={"ignore_eos": True},
     token_prompts=False,
     counters={},
-    version=version,
-    effective=effective,
+    version=version_at("/version"),
     needs_gpu=False,
 )

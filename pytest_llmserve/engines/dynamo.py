@@ -6,38 +6,11 @@ launched. Source: its documentation of metrics. By contract, not run here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from pytest_llmserve.engines import Engine, Fetch
-from pytest_llmserve.servers import ServerConfig
-
-
-def command(config: ServerConfig, port: int) -> list[str]:
-    return []
-
-
-def environment(config: ServerConfig) -> dict[str, str]:
-    return {}
-
-
-def version(fetch: Fetch) -> str:
-    return ""
-
-
-def effective(fetch: Fetch) -> Mapping[str, Any]:
-    return {}
-
+from pytest_llmserve.engines import Engine
 
 ENGINE = Engine(
     name="dynamo",
-    program="",
-    module="",
-    command=command,
-    environment=environment,
     health="/health",
-    stages=(),
-    failures=(),
     body={"ignore_eos": True},
     token_prompts=True,
     counters={
@@ -52,7 +25,5 @@ ENGINE = Engine(
         "ttft": ("dynamo_frontend_time_to_first_token_seconds",),
         "e2e": ("dynamo_frontend_request_duration_seconds",),
     },
-    version=version,
-    effective=effective,
     metrics_prefix="dynamo_frontend_",
 )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_llmserve.engines import Engine, Failure, Fetch
+from pytest_llmserve.engines import Engine, Failure, Fetch, version_at
 from pytest_llmserve.engines.options import option_words
 from pytest_llmserve.servers import Emulation, ServerConfig
 
@@ -70,11 +70,6 @@ def _plain(name: str) -> str:
     return name.lstrip("-").replace("_", "-")
 
 
-def version(fetch: Fetch) -> str:
-    answer = fetch("/version")
-    return str(answer.get("version", "")) if isinstance(answer, Mapping) else ""
-
-
 def effective(fetch: Fetch) -> Mapping[str, Any]:
     """All settings in force."""
     answer = fetch("/server_info")
@@ -87,7 +82,6 @@ ENGINE = Engine(
     program="",
     module="pytest_llmserve.emulator",
     command=command,
-    environment=lambda config: {},
     health="/health",
     stages=(
         (r"Loading weights", "loading weights (emulated)"),
@@ -146,7 +140,7 @@ ENGINE = Engine(
         "queue_time": ("vllm:request_queue_time_seconds",),
         "e2e": ("vllm:e2e_request_latency_seconds",),
     },
-    version=version,
+    version=version_at("/version"),
     effective=effective,
     needs_gpu=False,
     api_key=API_KEY,

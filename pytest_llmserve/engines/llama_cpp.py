@@ -24,10 +24,6 @@ def command(config: ServerConfig, port: int) -> list[str]:
     return words + option_words(config.args)
 
 
-def environment(config: ServerConfig) -> dict[str, str]:
-    return {}
-
-
 def _props(fetch: Fetch) -> Mapping[str, Any]:
     answer = fetch("/props")
     return answer if isinstance(answer, Mapping) else {}
@@ -51,7 +47,6 @@ ENGINE = Engine(
     program="llama-server",
     module="",
     command=command,
-    environment=environment,
     health="/health",
     stages=(
         (r"load_model: loading model|llama_model_loader: loaded meta data", "loading weights"),

@@ -6,10 +6,7 @@ has no metrics and cannot be told to ignore the end of a text, so output lengths
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from pytest_llmserve.engines import Engine, Failure, Fetch
+from pytest_llmserve.engines import Engine, Failure, version_at
 from pytest_llmserve.engines.options import option_words
 from pytest_llmserve.servers import ServerConfig
 
@@ -22,15 +19,6 @@ def command(config: ServerConfig, port: int) -> list[str]:
 def environment(config: ServerConfig) -> dict[str, str]:
     """`{port}` is filled in by the launcher. Nothing sets OLLAMA_NUM_PARALLEL: that is a choice."""
     return {"OLLAMA_HOST": f"{config.host}:{{port}}", "OLLAMA_KEEP_ALIVE": "-1"}
-
-
-def version(fetch: Fetch) -> str:
-    answer = fetch("/api/version")
-    return str(answer.get("version", "")) if isinstance(answer, Mapping) else ""
-
-
-def effective(fetch: Fetch) -> Mapping[str, Any]:
-    return {}
 
 
 ENGINE = Engine(
@@ -51,8 +39,7 @@ ENGINE = Engine(
     body={},
     token_prompts=False,
     counters={},
-    version=version,
-    effective=effective,
+    version=version_at("/api/version"),
     needs_gpu=False,
     owned_by="library",
     metrics="",

@@ -41,10 +41,6 @@ def command(config: ServerConfig, port: int) -> list[str]:
     return words + option_words(config.args, negations=False)
 
 
-def environment(config: ServerConfig) -> dict[str, str]:
-    return {}
-
-
 def _info(fetch: Fetch) -> Mapping[str, Any]:
     for path in ("/server_info", "/get_server_info"):
         answer = fetch(path)
@@ -67,7 +63,6 @@ ENGINE = Engine(
     program="sglang",
     module="sglang.launch_server",
     command=command,
-    environment=environment,
     health="/health",
     stages=(
         (r"server_args=ServerArgs", "starting the engine"),

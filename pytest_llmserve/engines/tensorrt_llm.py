@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_llmserve.engines import FILES, Engine, Failure, Fetch
+from pytest_llmserve.engines import FILES, Engine, Failure, Fetch, version_at
 from pytest_llmserve.engines.models import hub_name
 from pytest_llmserve.engines.options import option_words
 from pytest_llmserve.servers import ServerConfig
@@ -51,15 +51,6 @@ def _file_option(config: ServerConfig) -> tuple[str, Mapping[str, Any] | str]:
     return _OPTIONS[-1], {}
 
 
-def environment(config: ServerConfig) -> dict[str, str]:
-    return {}
-
-
-def version(fetch: Fetch) -> str:
-    answer = fetch("/version")
-    return str(answer.get("version", "")) if isinstance(answer, Mapping) else ""
-
-
 def effective(fetch: Fetch) -> Mapping[str, Any]:
     """What `/server_info` says; releases without it say nothing."""
     answer = fetch("/server_info")
@@ -71,7 +62,6 @@ ENGINE = Engine(
     program="trtllm-serve",
     module="tensorrt_llm.commands.serve",
     command=command,
-    environment=environment,
     files=files,
     health="/health",
     stages=(
@@ -154,7 +144,7 @@ ENGINE = Engine(
         "queue_time": ("trtllm_request_queue_time_seconds",),
         "e2e": ("trtllm_e2e_request_latency_seconds",),
     },
-    version=version,
+    version=version_at("/version"),
     effective=effective,
     owned_by="tensorrt_llm",
     metrics="/prometheus/metrics",

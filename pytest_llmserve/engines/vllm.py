@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_llmserve.engines import Engine, Failure, Fetch
+from pytest_llmserve.engines import Engine, Failure, Fetch, version_at
 from pytest_llmserve.engines.models import hub_name
 from pytest_llmserve.engines.options import given, option_words
 from pytest_llmserve.servers import ProcessRunner, ServerConfig
@@ -64,11 +64,6 @@ def environment(config: ServerConfig) -> dict[str, str]:
     if config.host in ("127.0.0.1", "localhost", "::1"):
         variables["VLLM_SERVER_DEV_MODE"] = "1"
     return variables
-
-
-def version(fetch: Fetch) -> str:
-    answer = fetch("/version")
-    return str(answer.get("version", "")) if isinstance(answer, Mapping) else ""
 
 
 def effective(fetch: Fetch) -> Mapping[str, Any]:
@@ -258,7 +253,7 @@ ENGINE = Engine(
         "queue_time": ("vllm:request_queue_time_seconds",),
         "e2e": ("vllm:e2e_request_latency_seconds",),
     },
-    version=version,
+    version=version_at("/version"),
     effective=effective,
     api_key="VLLM_API_KEY",
     owned_by="vllm",
