@@ -16,9 +16,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytest_llmserve.load.ask import post
     from pytest_llmserve.load.plan import Lengths, closed_loop, open_loop, trace
+    from pytest_llmserve.search import most_users
     from pytest_llmserve.verdict.slo import at_least, at_most
 
-__all__ = ["Lengths", "at_least", "at_most", "closed_loop", "open_loop", "post", "trace"]
+__all__ = [
+    "Lengths",
+    "at_least",
+    "at_most",
+    "closed_loop",
+    "most_users",
+    "open_loop",
+    "post",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +41,10 @@ def __getattr__(name: str) -> Any:
         from pytest_llmserve.load.ask import post
 
         return post
+    if name == "most_users":
+        from pytest_llmserve.search import most_users
+
+        return most_users
     if name in ("at_least", "at_most"):
         from pytest_llmserve.verdict import slo
 

@@ -148,6 +148,7 @@ class Load:
         timeout: float = 600.0,
         seed: int | None = None,
         allow_errors: float = 0.0,
+        goodput: Mapping[str, float] | None = None,
     ) -> Run:
         """Measure one load; all lengths in tokens, all times in seconds.
 
@@ -155,8 +156,10 @@ class Load:
         tokens draws each request's length from a distribution.
         `warmup` requests go ahead unmeasured (None: one for each user). `allow_errors` is the
         share of requests that may fail in a valid run. `seed` repeats an earlier run's requests;
-        without one the prompts are new. A run that is no measurement (`Run.valid` is false) makes
-        the test an error, whatever it asserts. A test that calibrates gets the first of the runs.
+        without one the prompts are new. `goodput` is what a request must meet to count for the
+        metric of that name: `{"ttft": 0.5, "tpot": 0.05}` (also `e2e`, and `user_throughput` as
+        the least). A run that is no measurement (`Run.valid` is false) makes the test an error,
+        whatever it asserts. A test that calibrates gets the first of the runs.
         """
         from pytest_llmserve.load.plan import ClosedLoop, LoadPlan, Workload
         from pytest_llmserve.measurement import fresh_seed
@@ -184,14 +187,22 @@ class Load:
                 timeout=timeout,
                 seed=fresh_seed() if seed is None else seed,
             )
+            _check_goodput(goodput)
         except (ConfigError, ValueError) as error:
             stop_test(error)
-        run = self.again(plan, allow_errors=allow_errors)
+        run = self.again(plan, allow_errors=allow_errors, goodput=goodput)
         for _ in range(1, self.runs):
-            self.again(replace(plan, seed=fresh_seed()), allow_errors=allow_errors)
+            anew = replace(plan, seed=fresh_seed())
+            self.again(anew, allow_errors=allow_errors, goodput=goodput)
         return run
 
-    def again(self, plan: LoadPlan, *, allow_errors: float = 0.0) -> Run:
+    def again(
+        self,
+        plan: LoadPlan,
+        *,
+        allow_errors: float = 0.0,
+        goodput: Mapping[str, float] | None = None,
+    ) -> Run:
         """Measure a plan as it stands; with another seed it is an independent repeat."""
         from pytest_llmserve.load.calibration import for_run
         from pytest_llmserve.measurement import record_name, take
@@ -210,6 +221,7 @@ class Load:
                     progress=progress,
                     allow_errors=allow_errors,
                     calibration=for_run(self.session.run_dir),
+                    goodput=goodput,
                 )
         except LoadError as error:
             reason = self._ended()
@@ -228,6 +240,16 @@ class Load:
         """The same load on a server that runs: one that had to make room on the GPU for another
         is started again."""
         return replace(self, server=_running(self.session, self.server.config, self.config))
+
+
+def _check_goodput(bounds: Mapping[str, float] | None) -> None:
+    """ConfigError for a bound that no request has."""
+    known = ("ttft", "tpot", "e2e", "user_throughput")
+    for name, bound in (bounds or {}).items():
+        if name not in known:
+            raise ConfigError(f"load(goodput=…): no bound {name!r}: use {', '.join(known)}")
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not bound > 0:
+            raise ConfigError(f"load(goodput={{{name!r}: {bound!r}}}): write a positive number")
 
 
 def _middle(length: int | Lengths) -> int:

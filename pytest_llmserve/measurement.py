@@ -56,6 +56,7 @@ def take(
     progress: Callable[[Progress], None] | None = None,
     allow_errors: float = 0.0,
     calibration: Calibration | None = None,
+    goodput: Mapping[str, float] | None = None,
 ) -> tuple[Run, Validate]:
     """Measure one load. The record is kept at `record_path`.
 
@@ -64,7 +65,8 @@ def take(
     What a client may be late depends on what is asserted, so the run comes with a function that
     checks it again for the bounds of a verdict. Raises LoadError if the load could not be driven
     at all; a load that was driven but is no measurement has failed checks in `Run.validity`.
-    `calibration` is the client's own error on this machine, if it is known.
+    `calibration` is the client's own error on this machine, if it is known, `goodput` the bounds
+    that a request must meet to count for the metric of that name.
     """
     engine = get_engine(server.engine)
     target = target_of(server, engine, plan)
@@ -76,7 +78,7 @@ def take(
         )
     after = _settled(server, engine)
     counters = delta(before, after)
-    metrics = measure(record, plan)
+    metrics = measure(record, plan, objectives=goodput)
     span = window(record, plan)
     metrics["server"] = summarize(sampler.series, counters, after, span)
     lives = alive()
