@@ -145,7 +145,7 @@ def test_curve(load):
     result.stdout.fnmatch_lines(
         [
             "*latency under load (EMULATED)",
-            "*users*aggregate*TTFT p50*p95*",
+            "*load*aggregate*TTFT p50*p95*",
             "* 1 *tok/s*",
             "* 4 *tok/s*",
         ]

@@ -43,7 +43,7 @@ def test_auto_stops_when_it_is_decided_and_says_what_it_saved(project, speed, ou
 
 def test_a_lone_first_run_makes_no_repeats(project):
     result = project(CHECK).runpytest("--llmserve-repeats=5")
-    result.stdout.fnmatch_lines(["  repeats 5: 1 runs were needed"])
+    result.stdout.fnmatch_lines(["  repeats 5: 1 run was needed"])
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "often", "٣"])

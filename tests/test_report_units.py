@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_llmserve.report.terminal import _verdict_row, align, split_objective
+from pytest_llmserve.report.console import align
+from pytest_llmserve.report.digest import objectives, split_objective
 from pytest_llmserve.report.units import show, show_margin, show_time
 
 FACTORS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
@@ -80,4 +81,5 @@ def test_objectives_are_taken_apart():
 )
 def test_a_comparison_has_its_margin_on_the_good_side_too(objective, measured, bound, shown):
     verdict = {"objective": objective, "measured": measured, "bound": bound, "verdict": "pass"}
-    assert _verdict_row(verdict)[2:4] == shown
+    (found,) = objectives({"verdicts": [verdict | {"reason": ""}]})
+    assert (found.bound, found.margin) == shown

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_llmserve.report.terminal import split_objective
 from pytest_llmserve.report.text import clean
-from pytest_llmserve.report.units import show, show_margin, show_time
+from pytest_llmserve.report.units import margin, show, show_margin, show_time
 
 Json = Mapping[str, Any]
 
@@ -104,6 +103,16 @@ def amount(run: Json) -> float:
     return float(load["users"] if load["kind"] == "closed" else load["rate"])
 
 
+def label_of(run: Json) -> str:
+    """The side of a comparison that a run is of, "A" or "B"; "" elsewhere."""
+    return clean(run.get("label") or "", 40)
+
+
+def show_run(run: Json) -> str:
+    """A run in a few words: its side in a comparison, if it has one, and its load."""
+    return f"{label_of(run)}: {show_load(run)}" if label_of(run) else show_load(run)
+
+
 def show_load(run: Json) -> str:
     """A load in two words: "30 users", "5 requests/s"."""
     if run["load"]["kind"] == "closed":
@@ -171,18 +180,20 @@ def why(case: Case) -> str:
 
 
 def _of(case: Case, run: Json) -> str:
-    return f"{show_load(run)}: " if len(case.runs) > 1 else ""
+    return f"{show_run(run)}: " if len(case.runs) > 1 else ""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One verdict ready to show. `share` is measured / bound, limited to 0 … 2, for a bar; the
-    reason of a bound that was met is empty, for the figures say it all."""
+    """One verdict ready to show. The margin is positive on the good side of the bound, as text and
+    as a share of it (None if not known); `share` is measured / bound, limited to 0 … 2, for a bar;
+    the reason of a bound that was met is empty, for the figures say it all."""
 
     name: str
     measured: str
     bound: str
     margin: str
+    margin_share: float | None
     verdict: str
     reason: str
     value: float | None
@@ -197,24 +208,45 @@ def objectives(run: Json) -> list[Objective]:
         metric, relation = split_objective(verdict["objective"])
         value, bound = verdict["measured"], verdict["bound"]
         told = relation and verdict["verdict"] == "pass"
-        share = None
-        if relation and value is not None and bound:
-            share = max(0.0, min(2.0, value / bound))
-        sign = {">=": "≥ ", "<=": "≤ "}.get(relation, "")
+        # A comparison's bound is the worst value that its rule would have let pass.
+        side = relation or (_good_side(metric) if bound is not None else "")
+        sign = {">=": "≥ ", "<=": "≤ "}.get(side, "")
         found.append(
             Objective(
                 name=clean(metric if relation else verdict["objective"], 120),
                 measured=show(metric, value),
                 bound=sign + show(metric, bound),
-                margin=show_margin(relation, value, bound) if relation else "–",
+                margin=show_margin(side, value, bound) if side else "–",
+                margin_share=margin(side, value, bound) if side else None,
                 verdict=verdict["verdict"],
                 reason="" if told else clean(verdict["reason"]),
                 value=value,
                 limit=bound,
-                share=share,
+                share=max(0.0, min(2.0, value / bound)) if side and value is not None and bound
+                else None,
             )
-        )
+        )  # fmt: skip
     return found
+
+
+def split_objective(objective: str) -> tuple[str, str]:
+    """The metric and the relation ("" if it has none) of an objective's text. The metric of a
+    ratio is "B/A …", which has no unit."""
+    words = objective.split(" ")
+    relation = words[-2] if len(words) >= 3 and words[-2] in (">=", "<=") else ""
+    words = words[:-2] if relation else words
+    return " ".join(words) if words[0] == "B/A" else words[-1], relation
+
+
+def _good_side(metric: str) -> str:
+    from pytest_llmserve.errors import ConfigError
+    from pytest_llmserve.verdict.baseline import tracked
+
+    try:
+        better = tracked(metric.removeprefix("B/A ")).better
+    except ConfigError:  # the name is not one of ours
+        return ""
+    return ">=" if better == "higher" else "<="
 
 
 def value_of(run: Json, metric: str) -> float | None:
@@ -227,6 +259,27 @@ def value_of(run: Json, metric: str) -> float | None:
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         return None
     return float(found)
+
+
+def server_figures(run: Json) -> list[tuple[str, float, str]]:
+    """What the server and its GPUs said of themselves, as name, value and text: the groups `server`
+    and `gpu` of the metrics, energy and roofline where they were measured, then the server's
+    counters over the load."""
+    found: list[tuple[str, float, str]] = []
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for inner, more in value.items():
+                add(f"{name}.{inner}", more)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((clean(name, 120), value, show(name, value)))
+
+    for group in ("server", "gpu", "energy_per_token", "roofline"):
+        add(group, run["metrics"].get(group))
+    for name, value in (run.get("server_metrics") or {}).items():
+        if name != "series":
+            add(name, value)
+    return found
 
 
 def certified(run: Json, metric: str) -> bool:

@@ -35,10 +35,15 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
 _SECRET_FIELD = re.compile(rf"(?i)^(?:{_SECRET_NAME}|.*[-_.]key)$")
 
 
+def visible(text: str) -> str:
+    """Text with all that cannot be seen, such as a terminal's control codes, shown as U+FFFD."""
+    return _UNSEEN.sub("\ufffd", text)
+
+
 def clean(text: object, longest: int = LONGEST) -> str:
     """Text in one line without secrets; what cannot be seen shows as U+FFFD."""
     found = str(text)[: 4 * longest]
-    found = " ".join(_UNSEEN.sub("\ufffd", found).split())
+    found = " ".join(visible(found).split())
     for pattern, instead in _SECRETS:
         found = pattern.sub(instead, found)
     return found if len(found) <= longest else found[: longest - 1] + "…"

@@ -5,8 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-_TOKENS_PER_SECOND = ("output_throughput", "total_throughput", "user_throughput")
-_TIMES = ("ttft", "tpot", "itl", "e2e", "send_delay", "client_lag")
+_TOKENS_PER_SECOND = (
+    "output_throughput", "total_throughput", "user_throughput", "prompt_throughput",
+)  # fmt: skip
+_TIMES = ("queue_time", "ttft", "tpot", "itl", "e2e", "send_delay", "client_lag")
+#: Shown in percent.
+_SHARES = (
+    "kv_usage", "prefix_hit_rate", "acceptance_rate", "utilization", "throttled", "power_capped",
+    "roofline",
+)  # fmt: skip
+#: Unit and how much of the measured one it is.
+_UNITS = {
+    "power": ("W", 1.0), "energy": ("J", 1.0), "energy_per_token": ("J", 1.0),
+    "temperature": ("°C", 1.0), "memory_used": ("GB", 1e9), "system_memory_used": ("GB", 1e9),
+    "sm_clock": ("MHz", 1e6), "memory_clock": ("MHz", 1e6),
+}  # fmt: skip
 
 
 def show(metric: str, value: float | None) -> str:
@@ -14,7 +27,11 @@ def show(metric: str, value: float | None) -> str:
     "200 ms". None and NaN show as "–"."""
     if value is None or math.isnan(value):
         return "–"
-    name = metric.split(".")[0]
+    name = metric.removeprefix("server.").removeprefix("gpu.").split(".")[0]
+    if name in _UNITS:
+        return f"{_digits(value / _UNITS[name][1])} {_UNITS[name][0]}"
+    if name in _SHARES or metric == "goodput.fraction":
+        return f"{value:.1%}".replace("%", " %")
     if name in _TIMES:
         return show_time(value)
     if name in _TOKENS_PER_SECOND:
@@ -44,12 +61,23 @@ def in_one_unit(seconds: Sequence[float]) -> tuple[str, list[float]]:
     return unit, [float(f"{value * size:.4g}") for value in seconds]
 
 
-def show_margin(relation: str, measured: float | None, bound: float | None) -> str:
-    """How far on the good side of its bound a value is, in percent of the bound; "–" if unknown."""
+def margin(relation: str, measured: float | None, bound: float | None) -> float | None:
+    """How far on the good side of its bound a value is, as a share of it; None if unknown."""
     if measured is None or bound is None or not bound or math.isnan(measured):
-        return "–"
+        return None
     share = (measured - bound) / abs(bound)
-    return f"{share if relation == '>=' else -share:+.1%}".replace("%", " %")
+    return share if relation == ">=" else -share
+
+
+def show_margin(relation: str, measured: float | None, bound: float | None) -> str:
+    """The margin in percent of the bound; "–" if unknown."""
+    share = margin(relation, measured, bound)
+    return "–" if share is None else f"{share:+.1%}".replace("%", " %")
+
+
+def several(count: int, noun: str) -> str:
+    """A number of things: "1 run", "5 runs"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _digits(value: float) -> str:
