@@ -83,7 +83,7 @@ def known():
         line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
         return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=True).stdout
 
-    options = set(re.findall(r"--[a-z][a-z-]+", answer("--help")))
+    options = set(re.findall(r"--[a-z][a-z-]+", answer("--help"))) | {"--junitxml"}  # not shown
     return options, set(re.findall(r"^@pytest\.mark\.(\w+)", answer("--markers"), re.MULTILINE))
 
 

@@ -16,6 +16,10 @@ TEST = """
 def test_a_night(load, slo, llm_profile):
     run = load(closed_loop(users=llm_profile.users), **SHORT)
     slo.check(run, at_least("output_throughput", llm_profile.bound("output_throughput")))
+
+@pytest.mark.soak
+def test_a_first_night(load, baseline, llm_profile):
+    baseline.check(load(closed_loop(users=llm_profile.users), **SHORT))
 """
 SERVER = """
 engine: emulator
@@ -82,6 +86,15 @@ def test_nights_leave_results_and_a_history(night):
     assert (status, "verdicts: 1 fail" in output) == (1, True), output
     assert len(list(results.glob("*/result.json"))) == 2
     assert (results / "history.html").is_file()
+
+
+def test_a_first_night_stores_its_run_and_is_no_pass(night, monkeypatch):
+    pytest.importorskip("altair")
+    monkeypatch.setenv("LLMSERVE_NIGHT_TESTS", "soak")
+    monkeypatch.setenv("LLMSERVE_NIGHT_UPDATE", "new")
+    status, output, results = night(bound=1)
+    assert (status, "baselines: 1 new" in output) == (1, True), output
+    assert list((results.parent / "baselines").rglob("*.json"))
 
 
 def test_a_machine_that_is_not_fit_is_not_loaded(night):
