@@ -1,0 +1,79 @@
+"""Lesson 5: guess some tokens and check them in one pass. The answer stays the same; how much
+sooner it is there depends on how many guesses are right and on how busy the machine is."""
+
+import pytest
+
+from pytest_llmserve import at_least, at_most, closed_loop, factories
+from pytest_llmserve.answers import agreement, greedy, prompts
+
+pytestmark = pytest.mark.speculative_decoding
+
+#: The ways to speculate that a profile may have as variants of its server.
+WAYS = ("speculative", "draft_model", "eagle")
+
+speculative_server = factories.llm_server(variant="speculative")
+draft_model_server = factories.llm_server(variant="draft_model")
+eagle_server = factories.llm_server(variant="eagle")
+load_speculative = factories.load("speculative_server")
+load_draft_model = factories.load("draft_model_server")
+load_eagle = factories.load("eagle_server")
+
+
+@pytest.fixture(params=WAYS)
+def way(request):
+    return request.param
+
+
+@pytest.fixture
+def guessing_server(request, way):
+    """The server that speculates; skips where the profile has none of this kind."""
+    return request.getfixturevalue(f"{way}_server")
+
+
+@pytest.fixture
+def load_guessing(request, way):
+    return request.getfixturevalue(f"load_{way}")
+
+
+def compare(ab, load, load_guessing, profile, users):
+    """Pairs of runs without and with speculation."""
+    return ab(
+        load,
+        load_guessing,
+        closed_loop(users=users),
+        pairs=3,
+        duration=profile.duration / 6,
+        prompt_tokens=profile.prompt_tokens,
+        output_tokens=profile.output_tokens,
+    )
+
+
+def test_one_user_gains(load, load_guessing, ab, slo, llm_profile):
+    """Alone on the machine: checking five tokens costs hardly more than making one, because both
+    wait for the weights. Every guess that is right is a pass saved."""
+    pairs = compare(ab, load, load_guessing, llm_profile, users=1)
+    for plain, guessed in pairs:
+        # No gain without right guesses, and no more than they give: the server's count, and ours.
+        length = guessed["server.accepted_length"]
+        slo.check(
+            guessed,
+            at_least("server.accepted_length", llm_profile.bound("accepted_length")),
+            at_most("output_throughput", 1.1 * length * plain["output_throughput"]),
+        )
+    ab.check(pairs, at_least("output_throughput", llm_profile.bound("speculation_gain")))
+
+
+def test_many_users_may_lose(load, load_guessing, ab, llm_profile):
+    """With everybody there the machine is busy, and wrong guesses take time from others. What is
+    left of the gain, or lost, must be no worse than the profile allows."""
+    pairs = compare(ab, load, load_guessing, llm_profile, users=llm_profile.users)
+    ab.check(pairs, at_least("output_throughput", llm_profile.bound("speculation_gain_of_many")))
+
+
+def test_answers_are_the_same(llm_server, guessing_server, llm_profile):
+    """A guess only counts where the model itself would have said the same: greedy answers with and
+    without speculation are identical."""
+    asked = prompts(4, llm_profile.prompt_tokens)
+    plain = greedy(llm_server, asked, llm_profile.output_tokens)
+    guessed = greedy(guessing_server, asked, llm_profile.output_tokens)
+    assert agreement(plain, guessed) >= llm_profile.bound("same_answers")
