@@ -6,9 +6,9 @@ fast they come is not measured here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -74,5 +74,7 @@ def agreement(expected: Sequence[str], given: Sequence[str]) -> float:
     shares = []
     for one, other in zip(expected, given, strict=True):
         longest = max(len(one), len(other))
-        shares.append(len(os.path.commonprefix([one, other])) / longest if longest else 1.0)
+        pairs = zip(one, other, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        shares.append(same / longest if longest else 1.0)
     return sum(shares) / len(shares)
