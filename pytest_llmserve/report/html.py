@@ -39,10 +39,10 @@ from pytest_llmserve.report.digest import (
     headline,
     objectives,
     show_load,
+    split_objective,
     value_of,
     why,
 )
-from pytest_llmserve.report.terminal import split_objective
 from pytest_llmserve.report.text import clean, clean_value
 from pytest_llmserve.report.units import show, show_time
 
