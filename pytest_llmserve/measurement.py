@@ -1,6 +1,7 @@
 """Drive one load against one server and make a `Run` of it: the arrows of DESIGN.md in a row.
 
-server counters → load → server counters → record → metrics → validity → fingerprint → Run.
+server counters → load, with server and GPUs sampled beside it → server counters → record → metrics
+→ validity → fingerprint → Run.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from pytest_llmserve.engines import Engine, get_engine
 from pytest_llmserve.load.control import Progress, drive
 from pytest_llmserve.load.plan import LoadPlan, Target
 from pytest_llmserve.load.tokens import prepare, token_pool
+from pytest_llmserve.metrics import telemetry
 from pytest_llmserve.metrics.definitions import measure
 from pytest_llmserve.metrics.server import Sampler, delta, scrape, summarize
+from pytest_llmserve.metrics.subject import run_roofline, subject_of
+from pytest_llmserve.metrics.telemetry import Recorder
 from pytest_llmserve.metrics.window import window
 from pytest_llmserve.run import Check, Run
-from pytest_llmserve.verdict.fingerprint import fingerprint
+from pytest_llmserve.verdict.fingerprint import fingerprint, server_arguments
 from pytest_llmserve.verdict.hardware import describe
 from pytest_llmserve.verdict.validity import check
 
@@ -72,7 +76,7 @@ def take(
     target = target_of(server, engine, plan)
     prompts = prepare(target, plan.workload)
     before = scrape(server, engine)
-    with Sampler(server, engine) as sampler:
+    with Sampler(server, engine) as sampler, Recorder(server) as recorder:
         record = drive(
             target, plan, progress=progress, record_path=record_path, alive=alive, prompts=prompts
         )
@@ -81,6 +85,15 @@ def take(
     metrics = measure(record, plan, objectives=goodput)
     span = window(record, plan)
     metrics["server"] = summarize(sampler.series, counters, after, span)
+    gpu = telemetry.summarize(
+        recorder.readings, span, record.info.start, metrics["output_tokens"] or 0.0
+    )
+    if gpu.metrics is not None:
+        metrics |= {"gpu": gpu.metrics, "energy_per_token": gpu.energy_per_token}
+    machine = describe()
+    subject = subject_of(server, machine, server_arguments(server))
+    ceiling = run_roofline(subject, record, metrics, counters)
+    metrics["roofline"] = ceiling.get("share")
     lives = alive()
     why = None if lives else ended()
 
@@ -90,6 +103,7 @@ def take(
             metrics,
             plan,
             counters=counters,
+            telemetry=gpu.facts,
             bounds=bounds,
             allow_errors=allow_errors,
             alive=lives,
@@ -104,10 +118,12 @@ def take(
         metrics=metrics,
         validity=validate({}),
         fingerprint=fingerprint(
-            server, plan, describe(), extra={"timestamps": record.info.timestamps}
+            server, plan, machine, extra={"timestamps": record.info.timestamps}
         ),
         server_metrics={**counters, "series": _relative(sampler.series, record.info.start)},
         record=record,
+        telemetry=gpu.facts,
+        roofline=ceiling,
     )
     return run, validate
 

@@ -120,3 +120,11 @@ class Server:
     pid: int | None = None
     log: str | None = None
     api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def local(self) -> bool:
+        """Whether the endpoint is on this machine's loopback."""
+        from urllib.parse import urlsplit
+
+        host = urlsplit(self.endpoint).hostname or ""
+        return host in ("localhost", "::1") or host.startswith("127.")

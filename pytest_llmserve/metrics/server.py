@@ -215,8 +215,9 @@ def between(
         return None
     import numpy as np
 
-    at = np.interp([start, end], *zip(*known, strict=True))
-    return float(at[1] - at[0])
+    moments, readings = [at for at, _ in known], [v for _, v in known]
+    first, last = np.interp([start, end], moments, readings)
+    return float(last - first)
 
 
 def mean_in(

@@ -40,6 +40,8 @@ def run_to_dict(measured: Measured) -> dict[str, Any]:
         "load": dict(plan_facts(run.plan)),
         "metrics": dict(run.metrics),
         "server_metrics": dict(run.server_metrics),
+        "telemetry": dict(run.telemetry),
+        "roofline": dict(run.roofline),
         "validity": [asdict(check) for check in run.validity],
         "verdicts": [asdict(verdict) for verdict in measured.verdicts],
         "verdict": measured.verdict,

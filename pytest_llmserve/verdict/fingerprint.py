@@ -68,8 +68,10 @@ FREE_ARGUMENTS = ("seed", "fault", "faults", "served-model-name")
 #: start, and should match.
 DERIVED_ARGUMENTS = ("num-gpu-blocks", "num-cpu-blocks", "kv-cache-memory-bytes")
 
-#: Where engines keep the precision of the weights among their arguments.
+#: Where engines keep the precision of the weights among their arguments; the type of numbers is
+#: that of weights that are not quantized.
 QUANTIZATION = ("quantization", "quantize", "quant_algo", "weights", "dtype")
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32"}
 
 _SECRET = re.compile(r"key|token$|secret|password|credential|authorization", re.IGNORECASE)
 _PLACE = re.compile(
@@ -145,7 +147,7 @@ def _hardware(server: Server, hardware: Mapping[str, Any]) -> dict[str, Any]:
     if server.emulated:
         imitated = config.emulation.hardware if config.emulation else config.hardware
         return {"hardware": f"emulated-{safe(imitated or 'unknown')}"}
-    if not _here(server.endpoint):
+    if not server.local:
         return {"hardware": safe(config.hardware or "remote")}
     facts = {k: v for k, v in hardware.items() if k != "slug"}
     if config.gpus == 0 and config.engine != "attach":  # computed on the CPU alone
@@ -154,13 +156,6 @@ def _hardware(server: Server, hardware: Mapping[str, Any]) -> dict[str, Any]:
         facts = {k: facts[k] for k in ("cpu", "cores", "memory") if k in facts}
         return {"hardware": slug(facts) if "cpu" in facts else hardware["slug"], **facts}
     return {"hardware": hardware["slug"], **facts}
-
-
-def _here(endpoint: str) -> bool:
-    from urllib.parse import urlsplit
-
-    host = urlsplit(endpoint).hostname or ""
-    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def model_name(server: Server) -> str:
@@ -223,9 +218,9 @@ def _quantization(server: Server, arguments: Mapping[str, Any]) -> str | None:
     if server.emulated and server.config.emulation:
         return f"{server.config.emulation.weights}, KV {server.config.emulation.kv}"
     for name in QUANTIZATION:
-        value = arguments.get(_dashed(name))
-        if value:
-            return str(value)
+        value = str(arguments.get(_dashed(name)) or "").removeprefix("torch.")
+        if value not in ("", "auto"):
+            return _SHORT.get(value, value)
     return None
 
 

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 @functools.cache
 def describe() -> Mapping[str, Any]:
     """This machine: `slug`, `cpu`, `cores`, `memory` (bytes) and, where an NVIDIA GPU can be asked,
-    `gpu`, `gpu_count`, `gpu_memory` (bytes; None on unified memory), `driver` and
-    `compute_capability`. Several kinds of GPU give names joined with " + "."""
+    `gpu`, `gpu_count`, `gpu_memory` (bytes; None on unified memory), `driver`,
+    `compute_capability`, and of the first `power_limit` (watts) and `max_sm_clock` (Hz) if it tells
+    them. Several kinds of GPU give names joined with " + "."""
     import psutil
 
     facts: dict[str, Any] = {
@@ -42,14 +43,11 @@ def cpu_model() -> str:
 
 def gpus() -> dict[str, Any]:
     """The GPUs as NVML reports them; nothing if NVML, its driver or a GPU is missing."""
-    import warnings
+    from pytest_llmserve.metrics.nvml import import_quietly, policy
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the unmaintained `pynvml` announces its end at import
-        try:
-            import pynvml  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError:
-            return {}
+    pynvml = import_quietly()
+    if pynvml is None:
+        return {}
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -70,6 +68,7 @@ def gpus() -> dict[str, Any]:
             "gpu_memory": memory,
             "driver": _text(pynvml.nvmlSystemGetDriverVersion()),
             "compute_capability": f"{major}.{minor}",
+            **policy(pynvml, handles[0]),
         }
     except pynvml.NVMLError:
         return {}

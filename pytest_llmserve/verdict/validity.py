@@ -7,6 +7,7 @@ sentence says so.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,6 @@ from pytest_llmserve.metrics.definitions import concurrency
 from pytest_llmserve.run import Check
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from pytest_llmserve.load.calibration import Calibration
     from pytest_llmserve.load.plan import LoadPlan
     from pytest_llmserve.load.record import Record
@@ -63,6 +62,7 @@ def check(
     *,
     counters: Mapping[str, float],
     bounds: Mapping[str, float],
+    telemetry: Mapping[str, Any] | None = None,
     allow_errors: float = 0.0,
     alive: bool = True,
     ended: str | None = None,
@@ -71,7 +71,8 @@ def check(
     """All validity checks of one load.
 
     `metrics` is `measure`'s result; `counters` the growth of the server's counters over the
-    whole load, warm-up included (`metrics.server.delta`; empty if it has none); `bounds` the
+    whole load, warm-up included (`metrics.server.delta`; empty if it has none); `telemetry` what
+    the GPUs said (`Run.telemetry`); `bounds` the
     bounds of the objectives on latencies, by metric (`{"ttft.p95": 0.5}`); `allow_errors` the
     part of the requests that may fail; `ended` why the server has ended, if that is known;
     `alive` whether the server still answers; `calibration`
@@ -95,6 +96,8 @@ def check(
         _token_counts(record, counters),
         _server_ttft(record, counters),
         _prefix_cache(record, plan, counters),
+        _gpu_throttled(metrics),
+        _foreign_process(telemetry or {}),
     )
     return tuple(found for found in made if found is not None)
 
@@ -376,3 +379,36 @@ def _prefix_cache(record: Record, plan: LoadPlan, counters: Mapping[str, float])
         f"{hits:.0f} of {queried:.0f} prompt tokens came from the prefix cache, "
         f"where {least:.0f} to {most:.0f} are intended",
     )
+
+
+def _gpu_throttled(metrics: Mapping[str, Any]) -> Check | None:
+    """Whether heat or a power brake slowed the GPU down. A cap on power in software is told only:
+    a chip that works at its rated power has it all the time."""
+    gpu = metrics.get("gpu")
+    if not isinstance(gpu, Mapping):
+        return None
+    throttled, capped = gpu.get("throttled"), gpu.get("power_capped")
+    if throttled is None:
+        return Check("gpu_throttled", True, "not checked: the GPU does not tell why clocks are low")
+    hottest = (gpu.get("temperature") or {}).get("max")
+    words = f"in {throttled:.1%} of the window the GPU was slowed down by heat or a power brake"
+    words += f", it was up to {hottest:.0f} °C warm" if hottest is not None else ""
+    words += f"; its power was capped in {capped:.1%} of it, which is no fault" if capped else ""
+    return Check("gpu_throttled", throttled == 0, words)
+
+
+def _foreign_process(telemetry: Mapping[str, Any]) -> Check | None:
+    """Whether somebody else computed on the server's GPUs. Judged only if the list of processes
+    shows the server's own: inside a container it may hold those of the host, or none."""
+    processes = telemetry.get("processes")
+    if not isinstance(processes, Mapping):
+        return None
+    if not processes["checked"]:
+        return Check(
+            "foreign_process",
+            True,
+            "not checked: the GPU's list of processes does not show the server's own",
+        )
+    others = ", ".join(f"{one['program']} ({one['pid']})" for one in processes["foreign"])
+    words = f"{others} computed on the server's GPU too" if others else "the server was alone"
+    return Check("foreign_process", not others, words if others else f"{words} on its GPU")
