@@ -99,6 +99,14 @@ def test_metrics_have_the_engines_names(server: tuple[str, Emulated]) -> None:
         assert now[engine.counters["ttft"][0] + "_count"] >= 1
 
 
+def test_every_dialect_has_the_emulators_own_account(server: tuple[str, Emulated]) -> None:
+    """Or the emulated engine, which is one engine whatever it imitates, could not read it."""
+    _, running = server
+    running.json(COMPLETIONS, {"prompt": [1] * 30, "max_tokens": 4, "ignore_eos": True})
+    own = get_engine("emulator")
+    assert running.metrics(own.metrics)[own.counters["generation_tokens"][0]] >= 4
+
+
 def test_llama_cpp_listens_while_it_loads_and_the_others_refuse() -> None:
     with emulated("--dialect", "llama.cpp", "--load-time", "20", wait_for="Listening") as loading:
         assert loading.ask("/health")[0] == 503

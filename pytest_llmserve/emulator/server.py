@@ -42,7 +42,14 @@ from pytest_llmserve.emulator.pacing import Batched, Exact, MaxRate, Pacer
 from pytest_llmserve.emulator.physics import Noise
 from pytest_llmserve.emulator.scheduler import Scheduler, Sequence
 from pytest_llmserve.emulator.settings import Settings
-from pytest_llmserve.emulator.stats import CONTENT_TYPE, Stats, collector_for, render
+from pytest_llmserve.emulator.stats import (
+    CONTENT_TYPE,
+    OWN_METRICS,
+    Stats,
+    VllmCollector,
+    collector_for,
+    render,
+)
 from pytest_llmserve.emulator.tokens import Tokenizer
 from pytest_llmserve.emulator.truth import TruthLog
 from pytest_llmserve.load.priority import scheduled_soon
@@ -87,6 +94,7 @@ class Emulator:
         self._scheduler = Scheduler(settings.policy, self._pool, settings.seed)
         self._stats = Stats(self._gauges)
         self._collector = collector_for(settings.dialect, self._stats, settings.served[0])
+        self._own = VllmCollector(self._stats, settings.served[0])
         self._truth = None if settings.truth_log is None else TruthLog(settings.truth_log)
         self._ready_at = 0.0
         self._ready = False
@@ -272,6 +280,7 @@ class Emulator:
             "/v1/models": self._models,
             "/server_info": self._server_info,
             self._dialect.metrics: self._metrics,
+            OWN_METRICS: self._metrics,
         }
         if self._dialect.name == "ollama":
             get["/api/version"] = self._version
@@ -324,9 +333,11 @@ class Emulator:
         answer_json(connection, {"emulated": True, "config": self._settings.as_dict()})
 
     def _metrics(self, request: Request, connection: Connection) -> None:
+        collector = self._own if request.path == OWN_METRICS else self._collector
+
         def answer() -> None:
             if connection.open:
-                connection.answer(200, render(self._collector), CONTENT_TYPE)
+                connection.answer(200, render(collector), CONTENT_TYPE)
 
         self._jobs.append((self._clock(), answer))
 

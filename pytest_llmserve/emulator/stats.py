@@ -209,6 +209,10 @@ def _histogram(name: str, text: str, histogram: Histogram, model: str) -> Metric
     return family
 
 
+#: Where an emulated server tells its own account, in vLLM's words whatever its dialect is.
+OWN_METRICS = "/emulator/metrics"
+
+
 def collector_for(dialect: str, stats: Stats, model: str) -> Collector:
     """The metrics of a dialect: vLLM's in full, of the others what their engine modules read."""
     if dialect == "vllm":

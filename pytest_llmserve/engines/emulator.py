@@ -145,6 +145,7 @@ ENGINE = Engine(
     needs_gpu=False,
     api_key=API_KEY,
     owned_by="pytest-llmserve-emulator",
+    metrics="/emulator/metrics",
     metrics_prefix="vllm:",
     notes={"emulated": "no time it takes was measured on the hardware it imitates"},
 )
