@@ -27,18 +27,18 @@ def test_thirty_users(load, slo, baseline, llm_profile):
 
 def test_latency_under_load(load, slo, llm_profile):
     """What more users cost each of them: throughput rises, and so does everyone's waiting."""
-    points = [1, 2, 4, 8, 16, 32, 64, 128]
-    users = [n for n in points if n < llm_profile.users] + [llm_profile.users]
-    curve = [
-        load(
-            closed_loop(users=n),
+    most = int(llm_profile.bound("curve_users"))
+    points = {2**n for n in range(10) if 2**n < most} | {llm_profile.users, most}
+    curve = {
+        users: load(
+            closed_loop(users=users),
             duration=llm_profile.duration / 5,
             prompt_tokens=llm_profile.prompt_tokens,
             output_tokens=llm_profile.output_tokens,
         )
-        for n in users
-    ]
-    alone, full = curve[0], curve[-1]
+        for users in sorted(points)
+    }
+    alone, full = curve[1], curve[llm_profile.users]
     # Serving turns the idle rest of the chip into users: that is the whole point of batching.
     gain = llm_profile.bound("batching_gain")
     slo.check(full, at_least("output_throughput", gain * alone["output_throughput"]))
