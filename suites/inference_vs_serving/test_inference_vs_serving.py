@@ -44,7 +44,9 @@ def test_many_users_share_the_machine(load, slo, llm_profile):
     one user has alone."""
     alone = load(closed_loop(users=1), duration=llm_profile.duration / 5, **answers(llm_profile))
     together = load(
-        closed_loop(users=llm_profile.users), duration=llm_profile.duration, **answers(llm_profile)
+        closed_loop(users=llm_profile.users),
+        duration=llm_profile.duration / 2,
+        **answers(llm_profile),
     )
     slo.check(
         together,

@@ -1,5 +1,7 @@
 """Lesson 2: tokens per second, time to first token, and latency against throughput."""
 
+from itertools import pairwise
+
 import pytest
 
 from pytest_llmserve import at_least, at_most, closed_loop
@@ -81,7 +83,7 @@ def test_throughput_is_paid_for_with_latency(load, slo, llm_profile):
         )
         for n in points
     ]
-    for fewer, more in zip(curve, curve[1:], strict=False):
+    for fewer, more in pairwise(curve):
         slo.check(more, at_least("output_throughput", fewer["output_throughput"]))
     alone, full = curve[0], curve[-1]
     slo.check(
