@@ -159,8 +159,9 @@ def precision_of(engine: str, model: str, arguments: Mapping[str, Any]) -> Preci
     """The precisions of weights and KV cache; a sentence if one of them is not known."""
     weights = _weights(engine, model, arguments)
     if weights is None:
-        said = arguments.get("quantization") or arguments.get("dtype") or "nothing"
-        return f"the precision of the weights is not known: {engine} says {said}"
+        said = [arguments[name] for name in ("quantization", "dtype") if arguments.get(name)]
+        words = ", ".join(map(str, said)) or "nothing of it"
+        return f"the precision of the weights is not known: {engine} says {words}"
     for name in ("kv-cache-dtype", "config.kv-cache-config.dtype", "kv-cache-config.dtype"):
         cache = _plain(arguments.get(name))
         if cache not in ("", "auto"):
