@@ -192,3 +192,25 @@ def test_differences_are_symmetric_complete_and_none_with_itself(a, b):
     assert forth == back
     assert set(forth) == {k for k in {*a, *b} if a.get(k) != b.get(k)}
     assert comparable(a, b) == comparable(b, a)
+
+
+@pytest.mark.parametrize(
+    ("effective", "quantization"),
+    [
+        ({"quantization": None, "dtype": "torch.bfloat16"}, "bf16"),
+        ({"quantization": None, "dtype": "torch.float16"}, "fp16"),
+        ({"quantization": "fp8", "dtype": "torch.bfloat16"}, "fp8"),
+        ({"dtype": "auto"}, None),
+        ({}, None),
+    ],
+)
+def test_weights_that_are_not_quantized_have_their_types_name(effective, quantization):
+    assert take(server(effective=effective)).get("quantization") == quantization
+
+
+def test_power_limit_and_clocks_are_told_and_do_not_part_runs():
+    limited = {**GPU, "power_limit": 500.0, "max_sm_clock": 1.98e9}
+    left, right = take(hardware={**GPU, "power_limit": 700.0}), take(hardware=limited)
+    assert right["power_limit"] == 500.0
+    assert comparable(left, right)
+    assert {d.field for d in differences(left, right)} == {"power_limit", "max_sm_clock"}
