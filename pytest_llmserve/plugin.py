@@ -104,6 +104,8 @@ def pytest_configure_node(node: Any) -> None:
     """pytest-xdist: tell a worker whose run it belongs to."""
     node.workerinput["llmserve_owner"] = os.getpid()
     node.workerinput["llmserve_run_dir"] = str(_run_dir(node.config))
+    if not node.config.pluginmanager.has_plugin("llmserve-notes"):
+        node.config.pluginmanager.register(Notes(node.config), "llmserve-notes")
 
 
 def _is_ours(item: pytest.Item) -> bool:
@@ -144,6 +146,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         keys[item] = order.setdefault(found.config.key, len(order))
         lines[server_line(found, settings)] = None
     config.stash[_SERVERS] = list(lines)
+    if _worker_input(config):
+        from pytest_llmserve.report.progress import tell_servers
+
+        tell_servers(_run_dir(config), list(lines))
     grouped = iter(sorted(ours, key=keys.__getitem__))
     items[:] = [next(grouped) if item in keys else item for item in items]
 
@@ -202,6 +208,40 @@ def pytest_report_teststatus(
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _RUN_DIR in config.stash and not _worker_input(config):
         session_of(config).close()
+
+
+class Notes:
+    """Shows what pytest-xdist's workers are at; registered in the controller only."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        from pytest_llmserve.report.progress import Board, note_on
+
+        self._reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+        self._board = Board(_run_dir(config), note_on(config))
+        self._begun = False
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_logstart(self) -> Generator[None, object, object]:
+        if not self._begun and self._reporter:
+            self._begun = True
+            for line in self._board.begin():
+                self._reporter.write_line(line)
+        with self._board.paused():
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_logreport(self) -> Generator[None, object, object]:
+        with self._board.paused():
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_logfinish(self) -> Generator[None, object, object]:
+        with self._board.paused():
+            return (yield)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        self._board.close()
 
 
 class Results:

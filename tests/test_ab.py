@@ -52,7 +52,7 @@ def test_two_pairs_are_too_few():
     for objectives in ([], [at_least("output_throughput", 1.0)]):
         verdict = judge_ab(pairs(1.0, count=2), objectives)[0]
         assert verdict.verdict == "inconclusive"
-        assert "1 more are needed" in verdict.reason
+        assert "1 more is needed" in verdict.reason
     assert judge_ab([])[0].reason == "there are no pairs"
 
 

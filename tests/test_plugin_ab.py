@@ -71,7 +71,7 @@ def test_what_is_not_reached_fails_and_what_is_worse_fails(project):
 
 def test_two_pairs_are_inconclusive(project):
     result = run_ab(project, 'ab.check(pairs, at_least("output_throughput", 1.2))', pairs=2)
-    result.stdout.fnmatch_lines(["*2 pairs: 1 more are needed", "*1 inconclusive*"])
+    result.stdout.fnmatch_lines(["*2 pairs: 1 more is needed", "*1 inconclusive*"])
 
 
 def test_servers_take_turns_on_a_gpu_that_holds_one(project, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from pytest_llmserve.report.units import several
 from pytest_llmserve.run import Run, Verdict
 from pytest_llmserve.verdict.baseline import TRACKED, Tracked, tracked
 from pytest_llmserve.verdict.regression import Better, Comparison, judge_pairs
@@ -66,7 +67,7 @@ def _ratio(pairs: Sequence[tuple[Run, Run]], objective: Objective) -> Verdict:
     better: Better = "higher" if objective.relation == ">=" else "lower"
     found = judge_pairs(values, better, 0.0)
     if found.interval is None:
-        reason = f"{len(values)} pairs: {found.runs_needed} more are needed"
+        reason = _too_few(len(values), found.runs_needed)
         return Verdict(name, found.ratio, objective.bound, "inconclusive", reason)
     met = [objective.met(end) for end in found.interval]
     if all(met):
@@ -77,6 +78,10 @@ def _ratio(pairs: Sequence[tuple[Run, Run]], objective: Objective) -> Verdict:
     return Verdict(name, found.ratio, objective.bound, "inconclusive", reason)
 
 
+def _too_few(pairs: int, missing: int) -> str:
+    return f"{several(pairs, 'pair')}: {missing} more {'is' if missing == 1 else 'are'} needed"
+
+
 def _no_worse(pairs: Sequence[tuple[Run, Run]], t: Tracked) -> Verdict:
     name = f"B/A {t.metric}"
     values = _values(pairs, t.metric)
@@ -84,7 +89,7 @@ def _no_worse(pairs: Sequence[tuple[Run, Run]], t: Tracked) -> Verdict:
         return Verdict(name, None, None, "inconclusive", values)
     found = judge_pairs(values, t.better, t.floor)
     if found.finding == "inconclusive":
-        reason = f"{len(values)} pairs: {found.runs_needed} more are needed"
+        reason = _too_few(len(values), found.runs_needed)
         return Verdict(name, found.ratio, None, "inconclusive", reason)
     bad = found.finding == "regression"
     floor = f"{t.floor:.0%}".replace("%", " %")
