@@ -32,7 +32,7 @@ def test_poisson_arrivals(load, slo, llm_profile):
     take turns, requests that come at random find it free often enough: nearly all of them get
     their first token in time and their text faster than it is read."""
     work = {
-        "duration": llm_profile.duration / 2,
+        "duration": llm_profile.duration / 3,
         "prompt_tokens": llm_profile.prompt_tokens,
         "output_tokens": llm_profile.output_tokens,
     }
