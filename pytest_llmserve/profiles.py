@@ -89,6 +89,9 @@ def _merged(path: Path, directories: Sequence[Path], below: tuple[Path, ...]) ->
 
     plain = read(path, "profile.schema.json", "profile")
     plain.pop("description", None)
+    for holder in (plain, *filter(None, plain.get("variants", {}).values())):
+        for key in {"extends", "server"} & holder.keys():
+            holder[key] = _located(path, holder[key])
     parent = plain.pop("extends", None)
     if parent is None:
         return plain
@@ -101,6 +104,13 @@ def _merged(path: Path, directories: Sequence[Path], below: tuple[Path, ...]) ->
         # `null` takes away what the other profile has.
         plain[name] = {key: value for key, value in merged.items() if value is not None}
     return {**base, **plain}
+
+
+def _located(path: Path, name: str) -> str:
+    """A name as it is; a file's place as seen from the profile's folder."""
+    from pytest_llmserve.yaml_files import is_path
+
+    return str(path.parent / Path(name).expanduser()) if is_path(name) else name
 
 
 def refuse_impossible(profile: Profile) -> None:

@@ -31,13 +31,18 @@ def names(directories: Iterable[Path]) -> dict[str, Path]:
     return found
 
 
+def is_path(name_or_path: str) -> bool:
+    """Whether this names a file, and not what is found by its name."""
+    return name_or_path.endswith(SUFFIXES) or "/" in name_or_path
+
+
 def find(name_or_path: str, directories: Sequence[Path], what: str) -> Path:
     """The file of that name in the first of `directories` that has it, or that file.
 
     Raises ConfigError with the names there are, if there is none of this name. `what` says what it
     is a name of ("server config").
     """
-    if name_or_path.endswith(SUFFIXES) or "/" in name_or_path:
+    if is_path(name_or_path):
         return Path(name_or_path).expanduser()
     known = names(directories)
     if name_or_path in known:

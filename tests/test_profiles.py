@@ -49,6 +49,16 @@ def test_a_profile_extends_another_name_by_name(tmp_path):
     assert list(profile.variants) == ["b"]
 
 
+def test_files_that_a_profile_names_are_seen_from_its_folder(tmp_path):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep", "base", PLAIN.replace("server: emulator", "server: mine.yaml"))
+    write(tmp_path, "mine", "extends: deep/base.yaml\nvariants: {b: {server: ./b.yaml}}")
+    profile = load_profile(str(tmp_path / "mine.yaml"), [])
+    assert profile.server == str(tmp_path / "deep" / "mine.yaml")
+    assert profile.variants["b"].server == str(tmp_path / "b.yaml")
+    assert profile.variants["serial"].server is None
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
