@@ -84,8 +84,10 @@ def test_beyond_the_seats_requests_queue(load_few_seats, slo, llm_profile):
         crowded,
         at_most("output_throughput", same * full["output_throughput"]),
         at_most("tpot.mean", same * full["tpot.mean"]),
-        # Eight are before each of them on average, on four seats: two turns to wait.
+        # Eight wait for four seats: two turns each. One is what cannot be but queueing.
         at_least("ttft.mean", full["e2e.mean"]),
+        at_least("server.queue_time.mean", full["e2e.mean"]),
+        at_most("server.running.max", SEATS),
     )
 
 

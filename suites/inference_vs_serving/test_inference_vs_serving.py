@@ -27,6 +27,8 @@ def test_one_user_leaves_the_chip_idle(load, slo, llm_profile):
         load(closed_loop(users=n), duration=llm_profile.duration / 5, **answers(llm_profile))
         for n in (1, 4)
     )
+    if "roofline_of_one" in llm_profile.bounds:  # only where the machine is known
+        slo.check(alone, at_least("roofline", llm_profile.bound("roofline_of_one")))
     slo.check(
         four,
         at_least(
