@@ -1,6 +1,7 @@
 """No request, however odd, brings the server down or costs the others their answers."""
 
 import time
+import warnings
 
 import pytest
 
@@ -41,6 +42,7 @@ def test_any_request_is_answered_or_refused(llm_server, load, slo, llm_profile):
     """Hundreds of generated requests, right, odd and broken, some of whose clients leave: each is
     answered whole or refused with a reason, and afterwards the server is as good as new."""
     hypothesis = pytest.importorskip("hypothesis", reason="pip install -e '.[suites]'")
+    from known_faults import known
     from odd_requests import complaint, odd_requests
 
     before = check_health(load, slo, llm_profile)
@@ -61,7 +63,10 @@ def test_any_request_is_answered_or_refused(llm_server, load, slo, llm_profile):
             return  # nothing more is to be learnt
         sent += 1
         said = complaint(llm_server, odd, llm_profile.bound("answer_timeout"))
-        if said is not None:
+        link = said and known(llm_server.engine, odd, said)
+        if link:
+            warnings.warn(f"{llm_server.engine} {llm_server.version}: {link}", stacklevel=1)
+        elif said:
             failed.append((odd, said, time.monotonic(), still_answers(llm_server)))
             raise AssertionError(said)
 
