@@ -129,6 +129,38 @@ def make_run(
     }  # fmt: skip
 
 
+def add_telemetry(run: dict[str, Any]) -> None:
+    """What a server and its GPU say of themselves beside a load, put into a run."""
+    times = [0.5 * i for i in range(9)]
+    n = len(times)
+    slow = [0.0, 0.0, 1.0, 1.0] + [0.0] * (n - 4)
+    run["metrics"] |= {
+        "server": {
+            "running": {"mean": 7.5, "max": 8.0}, "waiting": {"mean": 0.0, "max": 1.0},
+            "kv_usage": {"mean": 0.1, "max": 0.16, "last": 0.0}, "preemptions": 2.0,
+            "prefix_hit_rate": 0.012, "acceptance_rate": None, "accepted_length": None,
+            "queue_time": {"mean": 0.0021}, "output_throughput": 480.25,
+        },
+        "gpu": {
+            "power": {"mean": 350.0, "max": 420.5}, "sm_clock": {"mean": 1.98e9, "min": 1.2e9},
+            "utilization": {"mean": 0.97, "max": 1.0}, "temperature": {"mean": 61.0, "max": 66.0},
+            "memory_used": {"mean": 7.2e10, "max": 7.3e10}, "throttled": 0.2, "energy": 1400.0,
+        },
+        "energy_per_token": 0.0731, "roofline": 0.413,
+    }  # fmt: skip
+    run["telemetry"] = {
+        "gpus": [{"id": "GPU-0", "name": "NVIDIA H200"}], "energy_source": "counter",
+        "series": {
+            "time": times, "gpu.utilization": [0.97] * n, "throttled": slow,
+            "gpu.power": [350.0 + 5 * i for i in range(n)],
+            "gpu.sm_clock": [1.2e9 if s else 1.98e9 for s in slow],
+            "gpu.temperature": [58.0 + i for i in range(n)], "gpu.memory_used": [7.2e10] * n,
+        },
+    }  # fmt: skip
+    lines = ["weights read in a step 16.4 GB", "a step takes 3.4 ms: 8 sequences, 2,350 tokens/s"]
+    run["roofline"] = {"share": 0.413, "ceiling": 2350.0, "bound": "bandwidth", "lines": lines}
+
+
 def document(*runs: Mapping[str, Any]) -> dict[str, Any]:
     """A result document of runs."""
     prints = [run["fingerprint"] for run in runs]

@@ -145,10 +145,75 @@ def test_curve_points_and_table_are_the_results(capstone: Any) -> None:
 
 
 def test_the_clients_own_error_is_shown(tmp_path: Path) -> None:
-    error = {"ttft_error": {"p50": 1e-5, "p99": 4.2e-4}, "itl_error": {"p99": 1.5e-5}}
+    error = {
+        "ttft_error": {"p50": 1e-5, "p99": 4.2e-4}, "itl_error": {"p50": 1e-6, "p99": 1.5e-5},
+        "pacing_error": {"p50": 2e-5, "p99": 9e-5}, "cpu_per_event": 7e-6,
+        "events_limit": 140_000.0,
+    }  # fmt: skip
     document = {**samples.document(samples.make_run(tmp_path, "a", 4, 3.0)), "calibration": error}
     page = page_of(document, base=tmp_path)
-    assert "The client's own error on that machine: ttft 420 µs, itl 15 µs (p99" in page.text
+    for name in ("ttft_error", "itl_error", "pacing_error"):
+        for statistic, value in error[name].items():
+            assert page.row(f"{name}.{statistic}") == [[value]]
+    assert page.row("cpu_per_event") == [[7e-6]]
+    assert page.row("events_limit") == [[140_000.0]]
+    assert "420 µs" in page.text
+    assert "events_limit" not in page_of({**document, "calibration": None}, base=tmp_path).text
+
+
+def test_sides_of_a_comparison_are_told_apart(tmp_path: Path) -> None:
+    runs = [
+        samples.make_run(tmp_path, f"{i}", users, 3.0, seed=i, speed=1.0 + (label == "B"))
+        | {"label": label}
+        for users in (4, 8)
+        for i, label in enumerate("ABBA")
+    ]
+    page = page_of(samples.document(*runs), base=tmp_path)
+    for run in runs:
+        name = f"{run['label']}: {run['load']['users']} users"
+        found = [row for row in page.row(name) if len(row) == 11]
+        assert run["metrics"]["output_throughput"] in [row[0] for row in found]
+    compared = page.figures("latency_compare")[0]["data"]["points"]
+    assert set(compared["variant"]) == {"A", "B"}
+    assert not page.figures("latency_curve")
+    order = page.figures("throughput_trend")[0]["data"]["points"]
+    assert order["kind"] == list("ABBAABBA")
+    assert order["v"] == [run["metrics"]["output_throughput"] for run in runs]
+    summaries = [f"{label}: {users} users" for users in (4, 8) for label in "ABBA"]
+    assert all(page.text.count(s) >= 2 for s in summaries)
+    same = page_of(samples.document(*runs[:4]), base=tmp_path)
+    assert [row for row in same.row("B: 4 users") if len(row) == 11]
+    assert not same.figures("latency_compare")
+
+
+def test_what_server_and_gpus_said_is_shown_where_it_is_known(tmp_path: Path) -> None:
+    run = samples.make_run(tmp_path, "a", 8, 4.0, emulated=False, engine="vllm")
+    samples.add_telemetry(run)
+    page = page_of(samples.document(run), base=tmp_path)
+    metrics = run["metrics"]
+    assert page.row("server.running.max") == [[metrics["server"]["running"]["max"]]]
+    assert page.row("server.prefix_hit_rate") == [[metrics["server"]["prefix_hit_rate"]]]
+    assert page.row("server.preemptions") == [[metrics["server"]["preemptions"]]]
+    assert page.row("server.acceptance_rate") == []  # null in the result
+    assert page.row("gpu.power.mean") == [[metrics["gpu"]["power"]["mean"]]]
+    assert page.row("energy_per_token") == [[metrics["energy_per_token"]]]
+    assert page.row("roofline") == [[metrics["roofline"]]]
+    assert "weights read in a step 16.4 GB" in page.text
+    series = run["telemetry"]["series"]
+    kinds = {"power": "power", "clock": "sm_clock", "memory": "memory_used"}
+    for kind, name in (kinds | {"temperature": "temperature"}).items():
+        (figure,) = page.figures(kind)
+        assert figure["data"]["readings"] == {"t": series["time"], "v": series[f"gpu.{name}"]}
+        assert figure["params"] == page.figures("rate")[0]["params"]  # one time axis
+    (clock,) = page.figures("clock")
+    assert clock["data"]["slowed"] == {"t": [1.0], "until": [2.0]}
+    assert "350 W" in page.text
+    assert "1,980 MHz" in page.text
+    bare = page_of(
+        samples.document(samples.make_run(tmp_path, "b", 8, 4.0, emulated=False)), base=tmp_path
+    )
+    assert not bare.figures("power")
+    assert not [word for word in ("GPU", "Roofline", "server.running") if word in bare.text]
 
 
 def test_over_time_adds_up(capstone: Any) -> None:
@@ -186,9 +251,13 @@ def test_every_picture_and_the_page_say_emulated(capstone: Any) -> None:
     labels = [a["aria-label"] for t, a in page.tags if "data-figure" in a and t == "div"]
     assert labels
     assert all(label and label.startswith("Emulated.") for label in labels)
-    figure = charts.Figure("kv", "KV", "", {"kv": {"t": [0, 1], "v": [0.1, 0.2]}}, emulated=True)
+    figure = charts.Figure(
+        "share", "KV", "", {"readings": {"t": [0, 1], "v": [0.1, 0.2]}}, emulated=True
+    )
     assert "emulated" in charts.svg(figure)
-    real = charts.Figure("kv", "KV", "", {"kv": {"t": [0, 1], "v": [0.1, 0.2]}}, emulated=False)
+    real = charts.Figure(
+        "share", "KV", "", {"readings": {"t": [0, 1], "v": [0.1, 0.2]}}, emulated=False
+    )
     assert "emulated" not in charts.svg(real)
 
 
@@ -445,7 +514,9 @@ def test_charts_draw_without_a_browser(kind: str, capstone: Any) -> None:
         columns = {"x": [1, 2], "v": [0.1, 0.2], "variant": ["a", "b"], "load": ["1", "2"],
                    "text": ["x", "y"], "i": [1, 2], "kind": ["passed", "failed"],
                    "when": ["", ""]}  # fmt: skip
-        found = [{"title": "T", "data": {"points": columns}, "emulated": True}]
+        readings = {"t": [0.0, 1.0], "v": [1e9, 2e9]}
+        data = {"points": columns, "readings": readings}
+        found = [{"title": "T", "data": data, "emulated": True}]
     figure = found[0]
     drawn = charts.svg(
         charts.Figure(kind, figure["title"], "", figure["data"], True, figure.get("params", {}))

@@ -3,9 +3,7 @@
 A `Figure` names its kind and brings data and title; the page joins them when it draws, and `svg`
 joins them here. So a report of many runs holds each specification once. Values stay in seconds
 and rates; axes show them with SI prefixes (200 m + s), no figure is converted here.
-
-Colours are names (`@ink`, `@blue`, …) that a theme of `THEMES` resolves. The data colours are those
-of Okabe and Ito, which stay apart for colour-blind readers; lines differ in dash or marker too.
+Colours are names that `themes` resolves.
 """
 
 from __future__ import annotations
@@ -18,26 +16,14 @@ from typing import Any
 
 import altair as alt
 
+from pytest_llmserve.report.themes import config, painted
+
 Columns = Mapping[str, list[Any]]
 Spec = dict[str, Any]
 
 #: Shown in every picture of an emulated run.
 EMULATED = "emulated: not measured on real hardware"
 
-THEMES: Mapping[str, Mapping[str, str]] = {
-    "light": {
-        "@ink": "#1f2328", "@muted": "#59616b", "@line": "#d5d9de", "@paper": "#fffefb",
-        "@blue": "#0072b2", "@sky": "#56b4e9", "@orange": "#d55e00", "@amber": "#b87900",
-        "@green": "#00795a", "@pink": "#b0578d", "@region": "#009e73", "@band": "#8c959f",
-    },
-    "dark": {
-        "@ink": "#e6e4df", "@muted": "#a3a7ad", "@line": "#3a3f46", "@paper": "#16181b",
-        "@blue": "#56b4e9", "@sky": "#2f86bd", "@orange": "#f08a4b", "@amber": "#e6b84c",
-        "@green": "#3cc79e", "@pink": "#d98fbd", "@region": "#3cc79e", "@band": "#8b949e",
-    },
-}  # fmt: skip
-
-_FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 #: Colours and markers of runs side by side, in their order.
 _VARIANT_COLOURS = ("@blue", "@orange", "@green", "@pink", "@amber", "@sky")
 _VARIANT_SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
@@ -59,47 +45,6 @@ class Figure:
     emulated: bool
     params: Mapping[str, Any] = field(default_factory=dict)
     x: str = ""
-
-
-def config(theme: str) -> Spec:
-    """The Vega-Lite configuration of a theme: thin axes, few grid lines, no frames."""
-    plain: Spec = {
-        "background": "transparent",
-        "font": _FONT,
-        "view": {"stroke": None},
-        "padding": {"left": 2, "right": 8, "top": 4, "bottom": 2},
-        "axis": {
-            "domainColor": "@line", "tickColor": "@line", "gridColor": "@line", "gridOpacity": 0.6,
-            "labelColor": "@muted", "titleColor": "@muted", "titleFontWeight": "normal",
-            "labelFontSize": 11, "titleFontSize": 11, "tickSize": 4, "domain": False,
-        },
-        "axisX": {"grid": False, "domain": True},
-        "title": {
-            "anchor": "start", "color": "@ink", "fontSize": 13, "fontWeight": 600, "frame": "group",
-            "subtitleColor": "@orange", "subtitleFontSize": 11, "subtitleFontStyle": "italic",
-            "offset": 8,
-        },
-        "legend": {
-            "labelColor": "@muted", "title": None, "orient": "top", "labelFontSize": 11,
-            "direction": "horizontal", "symbolStrokeWidth": 2, "offset": 4, "labelLimit": 300,
-        },
-        "text": {"color": "@muted", "fontSize": 11},
-        "rule": {"color": "@muted"},
-    }  # fmt: skip
-    resolved: Spec = painted(plain, theme)
-    return resolved
-
-
-def painted(tree: Any, theme: str) -> Any:
-    """A specification with its colour names resolved: for the theme "page" into CSS variables,
-    so that a page changes its theme without drawing anew."""
-    if isinstance(tree, dict):
-        return {key: painted(value, theme) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [painted(value, theme) for value in tree]
-    if isinstance(tree, str) and tree in THEMES["light"]:
-        return f"var(--{tree[1:]})" if theme == "page" else THEMES[theme][tree]
-    return tree
 
 
 def specifications() -> dict[str, Spec]:
@@ -304,23 +249,36 @@ def _flight() -> Spec:
     return _spec(alt.layer(_window(), line).properties(height=120).add_params(*_time_params()))
 
 
-def _kv() -> Spec:
-    area = (
-        alt.Chart(_data("kv"))
-        .mark_area(
-            color="@green", opacity=0.25, clip=True, line={"color": "@green", "strokeWidth": 1.5}
-        )
-        .encode(
-            x=_time(None),
-            y=alt.Y(
-                "v:Q", title="KV cache in use", scale=alt.Scale(domain=[0, 1]),
-                axis=alt.Axis(
-                    format="%", tickCount=3, minExtent=_AXIS_WIDTH, maxExtent=_AXIS_WIDTH
-                ),
-            ),
-        )
-    )  # fmt: skip
-    return _spec(alt.layer(_window(), area).properties(height=80).add_params(*_time_params()))
+def _gauge(axis: alt.Axis, domain: tuple[float, float] | None = None) -> Spec:
+    """Readings over time; `slowed` are stretches in which a chip was slowed down."""
+    scale = alt.Scale(domain=list(domain)) if domain else alt.Scale(zero=False, padding=4)
+    slowed = (
+        alt.Chart(_data("slowed"))
+        .mark_rect(color="@pink", opacity=0.35, clip=True)
+        .encode(x=_time(None), x2="until:Q")
+    )
+    data = alt.Chart(_data("readings"))
+    y = alt.Y("v:Q", title=None, scale=scale, axis=axis)
+    if domain:
+        line = {"color": "@green", "strokeWidth": 1.5}
+        mark = data.mark_area(color="@green", opacity=0.25, clip=True, line=line)
+    else:
+        mark = data.mark_line(color="@green", strokeWidth=1.5, clip=True)
+    layers = alt.layer(_window(), slowed, mark.encode(x=_time(None), y=y))
+    return _spec(layers.properties(height=80).add_params(*_time_params()))
+
+
+def _share() -> Spec:
+    axis = alt.Axis(format="%", tickCount=3, minExtent=_AXIS_WIDTH, maxExtent=_AXIS_WIDTH)
+    return _gauge(axis, (0.0, 1.0))
+
+
+def _unit(unit: str) -> Spec:
+    """Readings in a unit, with SI prefixes: 1.98 GHz."""
+    text = f"format(datum.value, '~s') + '{unit}'"
+    return _gauge(
+        alt.Axis(labelExpr=text, tickCount=3, minExtent=_AXIS_WIDTH, maxExtent=_AXIS_WIDTH)
+    )
 
 
 def _waterfall() -> Spec:
@@ -446,6 +404,7 @@ def _trend(axis: Callable[..., alt.Axis]) -> Spec:
         "this run": ("@orange", "diamond"), "passed": ("@blue", "circle"),
         "inconclusive": ("@amber", "triangle-up"), "failed": ("@orange", "cross"),
         "invalid": ("@pink", "cross"), "not judged": ("@muted", "circle"),
+        "A": ("@blue", "circle"), "B": ("@orange", "square"),
     }  # fmt: skip
     names = list(looks)
     colour = alt.Color(
@@ -465,7 +424,9 @@ def _trend(axis: Callable[..., alt.Axis]) -> Spec:
         legend=None,
     )
     points = alt.Chart(_data("points"))
-    line = points.mark_line(color="@blue", strokeWidth=1, opacity=0.6).encode(x=x, y=y)
+    line = points.mark_line(color="@blue", strokeWidth=1, opacity=0.6).encode(
+        x=x, y=y, detail="side:N"
+    )
     dots = points.mark_point(size=48, filled=True, opacity=1).encode(
         x=x,
         y=y,
@@ -488,7 +449,11 @@ KINDS: Mapping[str, Callable[[], Spec]] = {
     "throughput_compare": lambda: _compare(_si),
     "rate": _rate,
     "flight": _flight,
-    "kv": _kv,
+    "share": _share,
+    "power": lambda: _unit("W"),
+    "memory": lambda: _unit("B"),
+    "clock": lambda: _unit("Hz"),
+    "temperature": lambda: _unit(" °C"),
     "waterfall": _waterfall,
     "distribution": _distribution,
     "latency_trend": lambda: _trend(_seconds),

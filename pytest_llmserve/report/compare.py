@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_llmserve.report.digest import Case, Json, amount, show_load
+from pytest_llmserve.report.digest import Case, Json, amount, label_of, show_load
 from pytest_llmserve.report.text import clean, clean_value
 from pytest_llmserve.verdict.fingerprint import comparable, differences
 
@@ -132,9 +132,12 @@ def names_of(cases: Sequence[Case], prints: Sequence[Mapping[str, Any]]) -> tupl
 
 def common_runs(cases: Sequence[Case]) -> list[Json]:
     """Of each case the run of the largest load that all have, else each one's last run."""
-    loads = [{(run["load"]["kind"], amount(run)): run for run in case.runs} for case in cases]
+    loads = [
+        {(run["load"]["kind"], amount(run), label_of(run)): run for run in case.runs}
+        for case in cases
+    ]
     shared = set.intersection(*(set(found) for found in loads))
     if not shared:
         return [case.runs[-1] for case in cases]
-    largest = max(shared, key=lambda key: key[1])
+    largest = max(shared, key=lambda key: key[1:])
     return [found[largest] for found in loads]

@@ -45,15 +45,15 @@ TITLES: Mapping[str, str] = {
 @dataclass(frozen=True)
 class Case:
     """One test of one document: its runs in order. `base` is the folder that `events` paths of its
-    runs are relative to, `number` the document's place among those given, `client` the client's
-    own error in words."""
+    runs are relative to, `number` the document's place among those given, `calibration` what the
+    document says of the client's own error."""
 
     test: str
     number: int
     runs: tuple[Json, ...]
     base: Path
     command: str
-    client: str
+    calibration: Json | None
 
     @property
     def verdict(self) -> str | None:
@@ -64,6 +64,11 @@ class Case:
     @property
     def emulated(self) -> bool:
         return any(run["emulated"] for run in self.runs)
+
+    @property
+    def sides(self) -> list[str]:
+        """The labels of the runs of a comparison within the test, such as A and B; else none."""
+        return sorted({label_of(run) for run in self.runs} - {""})
 
     @property
     def is_curve(self) -> bool:
@@ -82,19 +87,26 @@ def cases_of(documents: Sequence[Json], bases: Sequence[Path]) -> list[Case]:
         for test, runs in tests.items():
             said = document.get("command")
             command = clean(said, 2000) if said else command_of(test, runs)
-            client = client_error(document.get("calibration"))
-            found.append(Case(test, number, tuple(runs), base, command, client))
+            calibration = document.get("calibration")
+            found.append(Case(test, number, tuple(runs), base, command, calibration))
     return found
 
 
-def client_error(calibration: Json | None) -> str:
-    """The client's own error on the machine that measured, in words; "" if it is not known."""
-    found = []
-    for name in ("ttft", "itl"):
-        value = ((calibration or {}).get(f"{name}_error") or {}).get("p99")
-        if isinstance(value, (int, float)):
-            found.append(f"{name} {show(name, value)}")
-    return f"{', '.join(found)} (p99, against exact times)" if found else ""
+def client_rows(calibration: Json | None) -> list[tuple[str, float, str]]:
+    """The client's own error on the machine that measured, as name, value and text; [] if it is
+    not known."""
+    found: list[tuple[str, float, str]] = []
+    known = calibration or {}
+    for name in ("ttft", "itl", "pacing"):
+        for statistic, value in (known.get(f"{name}_error") or {}).items():
+            if statistic in ("p50", "p99") and isinstance(value, (int, float)):
+                found.append((f"{name}_error.{statistic}", value, show_time(value)))
+    cpu, limit = known.get("cpu_per_event"), known.get("events_limit")
+    if isinstance(cpu, (int, float)):
+        found.append(("cpu_per_event", cpu, show_time(cpu)))
+    if isinstance(limit, (int, float)):
+        found.append(("events_limit", limit, f"{limit:,.0f} events/s"))
+    return found
 
 
 def amount(run: Json) -> float:

@@ -26,6 +26,7 @@ from pytest_llmserve.report.digest import (
     headline,
     objectives,
     show_load,
+    show_run,
     value_of,
     why,
 )
@@ -123,7 +124,7 @@ def _sections(cases: Sequence[Case], names: Mapping[int, str]) -> list[tuple[str
     found = []
     drawn = False
     for case in cases:
-        picture = case.is_curve and not drawn
+        picture = case.is_curve and not case.sides and not drawn
         drawn = drawn or picture
         found.append((case.test, _section(case, names.get(id(case), ""), picture)))
     return found
@@ -145,17 +146,19 @@ def _section(case: Case, name: str, picture: bool) -> str:
     judged = [(run, o) for run in case.runs for o in objectives(run)]
     if judged:
         rows = [
-            (show_load(run), _text(o.name, 120), o.measured, o.bound, o.margin,
+            (_text(show_run(run), 60), _text(o.name, 120), o.measured, o.bound, o.margin,
              f"{_MARKS[o.verdict]} {WORDS[o.verdict]}")
             for run, o in judged
         ]  # fmt: skip
         head = ("load", "objective", "measured", "bound", "margin", "")
         parts.append(_table(head, rows, "--rrr-"))
-    if case.is_curve:
+    if len(case.runs) > 1:
         runs = sorted(case.runs, key=amount)
         metrics = ["output_throughput"]
         metrics += [f"{name}.{s}" for name in LATENCIES for s in ("p50", "p95", "p99")]
-        curve = [(show_load(run), *(_cell(run, metric) for metric in metrics)) for run in runs]
+        curve = [
+            (_text(show_run(run), 60), *(_cell(run, metric) for metric in metrics)) for run in runs
+        ]
         columns = ("load", *(metric.replace(".", " ").replace("_", " ") for metric in metrics))
         parts.append(_table(columns, curve, "-" + "r" * len(metrics)))
         if any("~" in cell for row in curve for cell in row):

@@ -18,6 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pytest_llmserve.report.files import write_whole
+
 #: The version of the format: that of the pytest-benchmark that wrote files of this shape.
 FORMAT_VERSION = "5.1.0"
 
@@ -46,12 +48,7 @@ def document(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def write(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
     """Write the export whole or not at all."""
     text = json.dumps(document(runs), indent=4, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text)
 
 
 def _benchmark(test: str, load: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,15 +7,14 @@ beside it as `.npz` files (`load/record.py` says what is in them).
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_llmserve.metrics.definitions import METRICS_VERSION
+from pytest_llmserve.report.files import write_whole
 
 if TYPE_CHECKING:
     from pytest_llmserve.load.calibration import Calibration
@@ -89,9 +88,4 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
             run["events"] = target.relative_to(path.parent).as_posix()
         else:
             run["events"] = None
-    text = json.dumps(content, indent=1, allow_nan=False)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        file.write(text + "\n")
-    Path(temporary).chmod(0o644)
-    Path(temporary).replace(path)
+    write_whole(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -89,19 +89,36 @@ def over_time(record: Record, bins: int) -> tuple[Columns, float]:
     return columns, width
 
 
-def server_series(series: Mapping[str, Sequence[float | None]], most: int) -> Columns:
-    """What the server said of itself while it was asked: `t` and each of `running waiting kv_usage`
-    that it gave, every k-th reading if there are more than `most`. Its times are since the
-    record's start already."""
+def readings(
+    series: Mapping[str, Sequence[float | None]], names: Sequence[str], most: int
+) -> Columns:
+    """What a server or its GPUs said of themselves: `t` and each of `names` that was read, every
+    k-th reading if there are more than `most`; {} for none. Times are since the record's start."""
     times = series.get("time") or ()
-    gauges = [name for name in ("running", "waiting", "kv_usage") if series.get(name)]
-    if not times or any(len(series[name]) != len(times) for name in gauges):
+    seen = [name for name in names if any(v is not None for v in series.get(name) or ())]
+    if not seen or any(len(series[name]) != len(times) for name in seen):
         return {}
     step = max(1, math.ceil(len(times) / most))
     columns: Columns = {"t": _numbers(np.array(times[::step], dtype=float))}
-    for name in gauges:
+    for name in seen:
         columns[name] = _numbers(np.array(series[name][::step], dtype=float))
-    return columns if gauges else {}
+    return columns
+
+
+def stretches(series: Mapping[str, Sequence[float | None]], name: str) -> Columns:
+    """From when (`t`) `until` when a reading was not 0, however short; {} if it never was."""
+    times, values = series.get("time") or (), series.get(name) or ()
+    found: list[list[float]] = []
+    for number, (at, value) in enumerate(zip(times, values, strict=False)):
+        if not value or at is None:
+            continue
+        later = times[number + 1] if number + 1 < len(times) else at
+        until = at if later is None else later
+        if found and found[-1][1] == at:
+            found[-1][1] = until
+        else:
+            found.append([at, until])
+    return {"t": [a for a, _ in found], "until": [b for _, b in found]} if found else {}
 
 
 def latencies(record: Record, window: Mapping[str, float | None]) -> dict[str, Array]:

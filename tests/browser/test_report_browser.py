@@ -85,6 +85,22 @@ def nights(folder: Path) -> tuple[list[Any], list[Path]]:
     return documents, [folder] * 30
 
 
+def sides(folder: Path) -> tuple[list[Any], list[Path]]:
+    runs = [
+        samples.make_run(folder, f"{i}", 8, 3.0, seed=i, speed=1.0 + 0.3 * (label == "B"))
+        | {"label": label}
+        for i, label in enumerate("ABBAAB")
+    ]
+    return [samples.document(*runs)], [folder]
+
+
+def gpu(folder: Path) -> tuple[list[Any], list[Path]]:
+    bounds = (("output_throughput", ">=", 100.0), ("ttft.p50", "<=", 0.4))
+    run = samples.make_run(folder, "a", 8, 4.0, emulated=False, engine="vllm", bounds=bounds)
+    samples.add_telemetry(run)
+    return [samples.document(run)], [folder]
+
+
 @pytest.fixture(scope="module")
 def opened(
     browser: Any, tmp_path_factory: pytest.TempPathFactory
@@ -135,7 +151,7 @@ def values(browser: Any, head: str) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("maker", [capstone, failing, invalid, engines, nights])
+@pytest.mark.parametrize("maker", [capstone, failing, invalid, engines, nights, sides, gpu])
 def test_opens_draws_and_calls_nobody(maker: Any, browser: Any, opened: Any) -> None:
     documents = opened(maker)
     charts = drawn(browser)
