@@ -228,3 +228,11 @@ def test_objectives_import_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert not {"numpy", "scipy", "yaml", "jsonschema", "psutil"} & set(loaded.stdout.split())
+
+
+def test_a_missed_objective_tells_of_capped_power():
+    run = make_run({"output_throughput": 10.0, "gpu": {"power_capped": 0.75}})
+    assert (
+        "power was capped in 75% of the window"
+        in one(run, at_least("output_throughput", 20)).reason
+    )

@@ -270,6 +270,9 @@ def symptoms(run: Run) -> Iterator[str]:
     queries, hits = value("prefix_queries"), value("prefix_hits")
     if queries:
         yield f"prefix cache answered {(hits or 0) / queries:.0%} of prompt tokens"
+    capped = number(run.metrics, "gpu.power_capped")
+    if capped:
+        yield f"the GPU's power was capped in {capped:.0%} of the window"
     send_delay = number(run.metrics, "send_delay.p99")
     ttft = number(run.metrics, "ttft.p50")
     if send_delay and ttft and send_delay > 0.01 * ttft:
