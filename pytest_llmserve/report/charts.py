@@ -249,7 +249,7 @@ def _flight() -> Spec:
     return _spec(alt.layer(_window(), line).properties(height=120).add_params(*_time_params()))
 
 
-def _gauge(axis: alt.Axis, domain: tuple[float, float] | None = None) -> Spec:
+def _gauge(title: str, axis: alt.Axis, domain: tuple[float, float] | None = None) -> Spec:
     """Readings over time; `slowed` are stretches in which a chip was slowed down."""
     scale = alt.Scale(domain=list(domain)) if domain else alt.Scale(zero=False, padding=4)
     slowed = (
@@ -258,7 +258,7 @@ def _gauge(axis: alt.Axis, domain: tuple[float, float] | None = None) -> Spec:
         .encode(x=_time(None), x2="until:Q")
     )
     data = alt.Chart(_data("readings"))
-    y = alt.Y("v:Q", title=None, scale=scale, axis=axis)
+    y = alt.Y("v:Q", title=title, scale=scale, axis=axis)
     if domain:
         line = {"color": "@green", "strokeWidth": 1.5}
         mark = data.mark_area(color="@green", opacity=0.25, clip=True, line=line)
@@ -270,15 +270,14 @@ def _gauge(axis: alt.Axis, domain: tuple[float, float] | None = None) -> Spec:
 
 def _share() -> Spec:
     axis = alt.Axis(format="%", tickCount=3, minExtent=_AXIS_WIDTH, maxExtent=_AXIS_WIDTH)
-    return _gauge(axis, (0.0, 1.0))
+    return _gauge("share", axis, (0.0, 1.0))
 
 
-def _unit(unit: str) -> Spec:
+def _unit(title: str, unit: str) -> Spec:
     """Readings in a unit, with SI prefixes: 1.98 GHz."""
     text = f"format(datum.value, '~s') + '{unit}'"
-    return _gauge(
-        alt.Axis(labelExpr=text, tickCount=3, minExtent=_AXIS_WIDTH, maxExtent=_AXIS_WIDTH)
-    )
+    axis = alt.Axis(labelExpr=text, tickCount=3, minExtent=_AXIS_WIDTH, maxExtent=_AXIS_WIDTH)
+    return _gauge(title, axis)
 
 
 def _waterfall() -> Spec:
@@ -346,9 +345,8 @@ def _waterfall() -> Spec:
 
 
 def _distribution() -> Spec:
-    x = alt.X(
-        "v:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=_seconds(tickCount=6)
-    )
+    axis = _seconds(tickCount=6, labelOverlap="greedy", labelSeparation=8)
+    x = alt.X("v:Q", title=None, scale=alt.Scale(type="log", nice=False), axis=axis)
     y = alt.Y("share:Q", title="share at or below", axis=alt.Axis(format="%", tickCount=5))
     band = (
         alt.Chart(_data("band"))
@@ -450,10 +448,10 @@ KINDS: Mapping[str, Callable[[], Spec]] = {
     "rate": _rate,
     "flight": _flight,
     "share": _share,
-    "power": lambda: _unit("W"),
-    "memory": lambda: _unit("B"),
-    "clock": lambda: _unit("Hz"),
-    "temperature": lambda: _unit(" °C"),
+    "power": lambda: _unit("power", "W"),
+    "memory": lambda: _unit("memory", "B"),
+    "clock": lambda: _unit("clock", "Hz"),
+    "temperature": lambda: _unit("temperature", " °C"),
     "waterfall": _waterfall,
     "distribution": _distribution,
     "latency_trend": lambda: _trend(_seconds),

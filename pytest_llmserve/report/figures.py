@@ -138,7 +138,7 @@ class Gallery:
             added.append(
                 self.add(
                     "throughput_trend" if metric.endswith("throughput") else "latency_trend",
-                    f"{_title(metric)}, A and B",
+                    _title(metric),
                     f"{_title(metric)} of each run, in the order measured: {said}.",
                     {"points": points, "band": {}, "accepted": {}},
                     emulated=case.emulated,
@@ -414,7 +414,8 @@ def _ends(rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
             merged[-1] = (x, merged[-1][1], f"{merged[-1][2]}, {statistic}")
         else:
             merged.append((x, value, statistic))
-    return _columns(("x", "v", "s"), merged)
+    shown = [(x, v, s if s.count(",") < 2 else f"{s[:3]} to {s[-3:]}") for x, v, s in merged]
+    return _columns(("x", "v", "s"), shown)
 
 
 def _columns(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
