@@ -30,7 +30,7 @@ _SHARES = ("kv_usage",)
 _TIMEOUT = 5.0
 #: The share of its time that a server may be kept busy with answering, and the seconds between two
 #: readings that are not exceeded for its sake.
-_BUSY, _SLOWEST = 0.01, 1.0
+_BUSY, _SLOWEST = 0.02, 1.0
 
 
 def scrape(server: Server, engine: Engine) -> dict[str, float]:
