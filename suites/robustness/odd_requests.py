@@ -27,11 +27,13 @@ class Odd:
     pause: float = 0.0
 
     def curl(self, endpoint):
-        """The request as a command line."""
-        text = self.body.decode("utf-8", "surrogateescape")
-        data = shlex.quote(text).encode("utf-8", "surrogateescape")
-        shown = data.decode("utf-8", "backslashreplace")
-        command = f"curl -N {endpoint}{self.path} -H 'Content-Type: application/json' -d {shown}"
+        """The request as a command line of bash."""
+        command = f"curl -N {endpoint}{self.path} -H 'Content-Type: application/json'"
+        if self.body.isascii() and b"\0" not in self.body:
+            command += f" --data-raw {shlex.quote(self.body.decode())}"
+        else:  # bytes that no argument can hold
+            escaped = "".join(f"\\x{byte:02x}" for byte in self.body)
+            command = f"printf '{escaped}' | {command} --data-binary @-"
         return command if self.leave is None else f"{command}  # left after {self.leave} events"
 
 
