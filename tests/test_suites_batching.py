@@ -1,0 +1,116 @@
+"""Lessons 1 to 3 of the suites: they pass on the emulated engine, and fail on one that has the
+fault which each of them is about."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+#: The emulated profile with shorter loads; `extra` are further lines.
+PROFILE = """
+extends: {profiles}/emulated.yaml
+server: {server}
+users: 8
+duration: {duration}
+output_tokens: {output}
+"""
+SERVER = """
+engine: emulator
+model: Qwen3-8B
+gpus: 0
+hardware: h100
+emulation:
+  hardware: h100
+  model: qwen3-8b
+  weights: bf16
+  kv: bf16
+  options: {options}
+"""
+
+
+@pytest.fixture
+def lesson(tmp_path):
+    """Runs tests of a lesson on an emulated H100 with these options of the emulator; gives the
+    outcomes by test, and what was printed."""
+
+    def run(name: str, *tests: str, options: str = "{}", duration: float = 5, output: int = 16):
+        server, profile = tmp_path / "faulty.yaml", tmp_path / "profile.yaml"
+        server.write_text(SERVER.format(options=options))
+        profile.write_text(
+            PROFILE.format(
+                profiles=ROOT / "suites" / "profiles",
+                server=server,
+                duration=duration,
+                output=output,
+            )
+        )
+        file = f"suites/{name}/test_{name}.py"
+        chosen = [f"{file}::{test}" for test in tests] or [file]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v"]
+        told = subprocess.run(
+            [*command, f"--llmserve-profile={profile}", *chosen],
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": "200", "PYTEST_ADDOPTS": ""},
+            capture_output=True,
+            text=True,
+            timeout=1200,  # loads of other runs on this machine come first
+        )
+        lines = re.findall(r"::(test_\w+) .*?([A-Z]{4,})", told.stdout)
+        return dict(lines), told.stdout
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["inference_vs_serving", "three_numbers", "continuous_batching"])
+def test_a_lesson_passes_on_the_emulated_machine(lesson, name):
+    outcomes, printed = lesson(name)
+    assert outcomes, printed
+    assert set(outcomes.values()) == {"PASSED"}, printed
+    assert "EMULATED" in printed
+
+
+SERIAL, STATIC = "{batching: serial}", "{batching: static}"
+#: First tokens at once and the others evenly, whatever the prompt.
+EXACT = "{schedule: exact, ttft: 0.05, tpot: 0.008}"
+STALL = "{fault: 'stall=token:8,seconds:0.3'}"
+THROTTLE = "{fault: 'throttle=factor:25,after:0'}"
+
+FAULTS = {
+    "inference_vs_serving": [
+        ("test_one_user_leaves_the_chip_idle", SERIAL, "output_throughput"),
+        ("test_many_users_share_the_machine", SERIAL, "output_throughput"),
+        ("test_against_one_at_a_time", SERIAL, "B/A output_throughput"),
+    ],
+    "three_numbers": [
+        ("test_time_to_first_token_grows_with_the_prompt", EXACT, "ttft.mean"),
+        ("test_tokens_come_as_fast_in_long_answers", STALL, "user_throughput.mean"),
+        ("test_faster_than_one_reads", THROTTLE, "user_throughput.mean"),
+        ("test_throughput_is_paid_for_with_latency", SERIAL, "output_throughput"),
+    ],
+    "continuous_batching": [
+        ("test_a_late_request_joins_what_runs", SERIAL, "ttft.max"),
+        ("test_a_late_request_joins_what_runs", STATIC, "ttft.max"),
+        ("test_short_answers_do_not_wait_for_long_ones", STATIC, "ttft.mean"),
+        ("test_beyond_the_seats_requests_queue", SERIAL, "output_throughput"),
+        ("test_against_one_at_a_time", SERIAL, "B/A output_throughput"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "test", "options", "missed"),
+    [(name, *case) for name, cases in FAULTS.items() for case in cases],
+)
+def test_a_lesson_fails_on_a_server_with_its_fault(lesson, name, test, options, missed):
+    # A throttled server needs short answers to end some within the load.
+    output = 4 if options == THROTTLE else 16
+    outcomes, printed = lesson(name, test, options=options, output=output)
+    assert outcomes == {test: "FAILED"}, printed
+    assert re.search(rf"{re.escape(missed)} .* fail", printed), printed
