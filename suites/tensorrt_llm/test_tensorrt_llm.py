@@ -41,7 +41,7 @@ def test_chat(both, ab, llm_profile, crowd):
         *both,
         closed_loop(users=1 if crowd == "one" else llm_profile.users),
         pairs=3,
-        duration=llm_profile.duration / 8,
+        duration=llm_profile.duration / 10,
         prompt_tokens=llm_profile.prompt_tokens,
         output_tokens=llm_profile.output_tokens,
     )
@@ -54,7 +54,7 @@ def test_long_prompts(both, ab, llm_profile):
         *both,
         closed_loop(users=min(4, llm_profile.users)),
         pairs=3,
-        duration=llm_profile.duration / 8,
+        duration=llm_profile.duration / 10,
         prompt_tokens=llm_profile.prompt_tokens * 12,
         output_tokens=max(4, llm_profile.output_tokens // 8),
     )
