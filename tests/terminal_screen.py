@@ -65,7 +65,7 @@ class Screen:
 
 
 def watch(
-    command: Sequence[str], folder: Path, width: int = 80, limit: float = 120.0
+    command: Sequence[str], folder: Path, width: int = 80, limit: float = 900.0
 ) -> tuple[int, str, list[str]]:
     """Exit status, the screen at the end, and the screens on the way there."""
     ours, theirs = pty.openpty()

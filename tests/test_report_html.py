@@ -161,6 +161,15 @@ def test_the_clients_own_error_is_shown(tmp_path: Path) -> None:
     assert "events_limit" not in page_of({**document, "calibration": None}, base=tmp_path).text
 
 
+def test_many_users_have_a_row_for_each_request(tmp_path: Path) -> None:
+    few, many = (samples.make_run(tmp_path, f"u{n}", n, 2.0) for n in (4, 121))
+    assert page_of(samples.document(few), base=tmp_path).figures("lanes")
+    page = page_of(samples.document(many), base=tmp_path)
+    (figure,) = page.figures("waterfall")
+    assert "a row for each request" in figure["title"]
+    assert not page.figures("lanes")
+
+
 def test_sides_of_a_comparison_are_told_apart(tmp_path: Path) -> None:
     runs = [
         samples.make_run(tmp_path, f"{i}", users, 3.0, seed=i, speed=1.0 + (label == "B"))

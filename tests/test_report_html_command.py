@@ -35,7 +35,7 @@ def test_html_and_markdown_of_a_stored_result(
     assert call(result, "-o", page) == 0
     assert capsys.readouterr().out.strip() == str(page)
     assert "t.py::test_stored" in page.read_text(encoding="utf-8")
-    assert '"kind":"waterfall"' in page.read_text(encoding="utf-8")  # arrays were found beside it
+    assert '"kind":"lanes"' in page.read_text(encoding="utf-8")  # arrays were found beside it
     assert call(result, result, "-o", tmp_path / "report.md") == 0
     assert "t.py::test_stored" in (tmp_path / "report.md").read_text(encoding="utf-8")
 

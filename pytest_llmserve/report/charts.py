@@ -280,16 +280,17 @@ def _unit(title: str, unit: str) -> Spec:
     return _gauge(title, axis)
 
 
-def _waterfall() -> Spec:
-    """A bar a request, from when it was wanted to its first token and on to its end. Zooming in
-    time keeps the requests that are there, and their rows fill the height."""
-    shown = "datum.end >= t0 && datum.start <= t1"
+def _waterfall(lanes: bool) -> Spec:
+    """A bar a request, from when it was wanted to its first token and on to its end. `lanes`: one
+    row a user, else one row a request; zooming in time keeps the requests that are there, and
+    their rows fill the height."""
     base = (
         alt.Chart(_data("requests"))
-        .transform_filter(shown)
-        .transform_window(rank="row_number()", sort=[alt.SortField("row")])
+        .transform_filter("datum.end >= t0 && datum.start <= t1")
+        .transform_window(place="row_number()", sort=[alt.SortField("row")])
         .transform_calculate(
-            below="datum.rank - 1",
+            rank="datum.user + 0.92" if lanes else "datum.place",
+            below="datum.user + 0.08" if lanes else "datum.place - 1",
             seen="isValid(datum.first) ? datum.first : datum.end",
             ttft="isValid(datum.first) ? format(datum.first - datum.start, '.3~s') + 's' : 'none'",
             e2e="format(datum.end - datum.start, '.3~s') + 's'",
@@ -297,7 +298,7 @@ def _waterfall() -> Spec:
         )
     )
     y = alt.Y(
-        "below:Q", title="requests, in order of arrival",
+        "below:Q", title="users" if lanes else "requests, in order of arrival",
         scale=alt.Scale(reverse=True, nice=False, zero=False),
         axis=alt.Axis(
             labels=False, ticks=False, grid=False, minExtent=_AXIS_WIDTH, maxExtent=_AXIS_WIDTH
@@ -452,7 +453,8 @@ KINDS: Mapping[str, Callable[[], Spec]] = {
     "memory": lambda: _unit("memory", "B"),
     "clock": lambda: _unit("clock", "Hz"),
     "temperature": lambda: _unit("temperature", " °C"),
-    "waterfall": _waterfall,
+    "waterfall": lambda: _waterfall(lanes=False),
+    "lanes": lambda: _waterfall(lanes=True),
     "distribution": _distribution,
     "latency_trend": lambda: _trend(_seconds),
     "throughput_trend": lambda: _trend(_si),

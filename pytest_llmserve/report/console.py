@@ -113,16 +113,12 @@ def align(rows: Sequence[Row], sides: str) -> list[str]:
 
 
 def fold(rows: Sequence[Row], sides: str, width: int, keys: int = 1) -> list[list[str]]:
-    """Aligned lines no wider than `width`: one block, or several that each begin with the first
-    `keys` columns and go on with as many others as fit (at least one)."""
+    """Aligned lines no wider than `width`: one block, or as few as it takes, about equally wide,
+    that each begin with the first `keys` columns and have at least one other."""
     widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(sides))]
-    head = sum(widths[:keys]) - 2
-    blocks: list[list[int]] = [[]]
-    for column in range(keys, len(sides)):
-        used = head + sum(widths[i] for i in blocks[-1])
-        if blocks[-1] and used + widths[column] > width:
-            blocks.append([])
-        blocks[-1].append(column)
+    blocks = _blocks(widths, width, keys)
+    while width > 0 and len(narrower := _blocks(widths, width - 1, keys)) == len(blocks):
+        blocks, width = narrower, width - 1
     return [
         align(
             [[row[i] for i in (*range(keys), *block)] for row in rows],
@@ -130,6 +126,18 @@ def fold(rows: Sequence[Row], sides: str, width: int, keys: int = 1) -> list[lis
         )
         for block in blocks
     ]
+
+
+def _blocks(widths: Sequence[int], width: int, keys: int) -> list[list[int]]:
+    """Which columns fit side by side behind the first ones."""
+    head = sum(widths[:keys]) - 2
+    blocks: list[list[int]] = [[]]
+    for column in range(keys, len(widths)):
+        used = head + sum(widths[i] for i in blocks[-1])
+        if blocks[-1] and used + widths[column] > width:
+            blocks.append([])
+        blocks[-1].append(column)
+    return blocks
 
 
 def columns(reporter: pytest.TerminalReporter) -> int:

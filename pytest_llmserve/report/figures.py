@@ -45,6 +45,8 @@ from pytest_llmserve.verdict.fingerprint import comparable
 #: Metrics whose history is drawn.
 _HISTORY = ("output_throughput", "ttft.p95", "tpot.p50")
 
+#: So many users have a row each in the chart of single requests.
+_LANES = 120
 #: Readings of GPUs that are drawn, with the kind of their chart and its title.
 _GPU = (
     ("gpu.utilization", "share", "GPU: share of time in which a kernel ran"),
@@ -254,18 +256,21 @@ class Gallery:
             most = show("kv_usage", max(used, default=None))
             added.append(
                 self.add(
-                    "share", "KV cache in use, as the server says",
+                    "share", f"KV cache in use, as the server says; at most {most}",
                     f"Share of the KV cache in use; at most {most}.",
                     {**shared, "readings": {"t": server["t"], "v": server["kv_usage"]}}, **about,
                 )
             )  # fmt: skip
         added += self._gpus(run, shared, about)
         requests, note = waterfall(record, self.budget.requests)
+        users = run["load"].get("users", 0)
+        lanes = run["load"]["kind"] == "closed" and users <= _LANES
+        each = "a row for each user" if lanes else "a row for each request"
         added.append(
             self.add(
-                "waterfall", "Single requests",
-                "A bar for each request from when it was wanted to its first token and to its end. "
-                + note,
+                "lanes" if lanes else "waterfall", f"Single requests, {each}",
+                "A bar for each request from when it was wanted to its first token and to its end, "
+                f"{each}. {note}",
                 {"requests": requests}, **about,
             )
         )  # fmt: skip
