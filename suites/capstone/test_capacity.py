@@ -37,6 +37,7 @@ def test_poisson_arrivals(load, slo, llm_profile):
         "output_tokens": llm_profile.output_tokens,
     }
     full = load(closed_loop(users=llm_profile.users), **work)
+    slo.check(full, at_least("concurrency.max", llm_profile.users))
     run = load(
         open_loop(rate=LOAD * full["request_throughput"]),
         goodput={

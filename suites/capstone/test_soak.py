@@ -10,7 +10,7 @@ from pytest_llmserve import at_least, at_most, closed_loop
 pytestmark = [pytest.mark.soak, pytest.mark.nightly]
 
 #: Loads in a row, with a moment's rest between them in which everything must be given back.
-PARTS = 9
+PARTS = 6
 
 
 def memory(server):
