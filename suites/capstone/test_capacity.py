@@ -4,7 +4,7 @@ import pytest
 
 from pytest_llmserve import at_least, at_most, closed_loop, most_users, open_loop
 
-pytestmark = pytest.mark.capstone
+pytestmark = [pytest.mark.capstone, pytest.mark.nightly]
 
 #: Part of what the server can do that a service should be given to do.
 LOAD = 0.8

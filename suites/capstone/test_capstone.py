@@ -4,7 +4,7 @@ import pytest
 
 from pytest_llmserve import at_least, at_most, closed_loop
 
-pytestmark = pytest.mark.capstone
+pytestmark = [pytest.mark.capstone, pytest.mark.nightly]
 
 
 def test_thirty_users(load, slo, baseline, llm_profile):

@@ -6,7 +6,7 @@ import pytest
 
 from pytest_llmserve import at_least, at_most, closed_loop
 
-pytestmark = pytest.mark.three_numbers
+pytestmark = [pytest.mark.three_numbers, pytest.mark.nightly]
 
 
 def test_time_to_first_token_grows_with_the_prompt(load, slo, llm_profile):
