@@ -142,7 +142,7 @@ def _blocks(widths: Sequence[int], width: int, keys: int) -> list[list[int]]:
 
 def columns(reporter: pytest.TerminalReporter) -> int:
     """The width of the reporter's output: the terminal's, or what COLUMNS says, or a wide page."""
-    if reporter.isatty():
+    if reporter.isatty:
         return shutil.get_terminal_size().columns
     said = os.environ.get("COLUMNS", "")
     return int(said) if said.isdigit() and int(said) else _WIDTH

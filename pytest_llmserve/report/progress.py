@@ -122,7 +122,7 @@ def note_on(config: pytest.Config) -> Note:
         return _Nowhere()
     capture = config.pluginmanager.get_plugin("capturemanager")
     free = config.getoption("capture", "no") == "no"
-    if reporter.isatty() and os.environ.get("TERM") != "dumb":
+    if reporter.isatty and os.environ.get("TERM") != "dumb":
         return _Beside(reporter, capture, free)
     if config.get_verbosity() < 0:
         return _Nowhere()
@@ -168,11 +168,11 @@ class _Beside:
             text = "  " * bool(used) + _fitting(
                 [console.fitting(f) for f in facts], width - used - 1
             )
-            writer.write_raw(f"{begin}\x1b7{text}\x1b[K\x1b8", flush=True)
+            _raw(self.reporter, f"{begin}\x1b7{text}\x1b[K\x1b8")
 
     def end(self) -> None:
         with _uncaptured(self.capture):
-            self.reporter._tw.write_raw("\x1b[K", flush=True)
+            _raw(self.reporter, "\x1b[K")
         self._fresh = False
 
 
@@ -304,6 +304,14 @@ def _fitting(facts: Sequence[str], room: int) -> str:
             break
         text += f", {clean(fact)}"
     return text[: max(room, 0)]
+
+
+def _raw(reporter: Any, text: str) -> None:
+    """Write what pytest's writer shall not count as part of its line."""
+    file = reporter._tw._file
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    file.write(text.encode(encoding, "replace").decode(encoding))
+    file.flush()
 
 
 def _uncaptured(capture: Any) -> Any:
