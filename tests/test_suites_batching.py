@@ -54,16 +54,21 @@ def lesson(tmp_path):
         file = f"suites/{name}/test_{name}.py"
         chosen = [f"{file}::{test}" for test in tests] or [file]
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA"]
-        told = subprocess.run(
-            [*command, f"--llmserve-profile={profile}", *chosen],
-            cwd=ROOT,
-            env={**os.environ, "COLUMNS": "200", "PYTEST_ADDOPTS": ""},
-            capture_output=True,
-            text=True,
-            timeout=1200,  # loads of other runs on this machine come first
-        )
-        lines = re.findall(r"^([A-Z]+) suites/\S+::(test_\w+)", told.stdout, re.MULTILINE)
-        return {test: outcome for outcome, test in lines}, told.stdout + told.stderr
+        for _ in range(3):
+            told = subprocess.run(
+                [*command, f"--llmserve-profile={profile}", *chosen],
+                cwd=ROOT,
+                env={**os.environ, "COLUMNS": "200", "PYTEST_ADDOPTS": ""},
+                capture_output=True,
+                text=True,
+                timeout=1200,  # loads of other runs on this machine come first
+            )
+            lines = re.findall(r"^([A-Z]+) suites/\S+::(test_\w+)", told.stdout, re.MULTILINE)
+            outcomes = {test: outcome for outcome, test in lines}
+            # A machine that was busy with something else measured nothing: that is no answer.
+            if "INVALID" not in outcomes.values():
+                break
+        return outcomes, told.stdout + told.stderr
 
     return run
 
