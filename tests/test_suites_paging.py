@@ -89,10 +89,6 @@ SPECULATIVE = {
             "failed", "server.prefix_hit_rate >= ", id="a conversation read anew",
         ),
         pytest.param(
-            "paged_attention", "shared_beginning", fault("no-prefix-reuse"), {},
-            "error", "prefix_cache: 0 of ", id="a shared beginning read anew",
-        ),
-        pytest.param(
             "paged_attention", "capacity", {"num-gpu-blocks-override": 5000}, {},
             "failed", "80,000 tokens of KV cache fit", id="memory that is not used",
         ),
@@ -122,7 +118,8 @@ SPECULATIVE = {
         ),
         pytest.param(
             "speculative_decoding", "many_users",
-            {}, {"speculative": {"args": SPECULATIVE, "options": fault("throttle=after:0")}},
+            {}, {"speculative": {
+                "args": SPECULATIVE, "options": fault("throttle=after:0,factor:4")}},
             "failed", "B/A output_throughput >= ", id="speculation loses with many users",
         ),
         pytest.param(

@@ -36,14 +36,15 @@ def judge(ab, pairs, profile):
 
 @pytest.mark.parametrize("crowd", ["one", "all"])
 def test_chat(both, ab, llm_profile, crowd):
-    """Questions and answers of the profile's lengths, for one user and for all of them."""
+    """Questions of the profile's length and answers half as long as its own, so that several fit
+    into each load; for one user and for all of them."""
     pairs = ab(
         *both,
         closed_loop(users=1 if crowd == "one" else llm_profile.users),
         pairs=3,
         duration=llm_profile.duration / 10,
         prompt_tokens=llm_profile.prompt_tokens,
-        output_tokens=llm_profile.output_tokens,
+        output_tokens=max(4, llm_profile.output_tokens // 2),
     )
     judge(ab, pairs, llm_profile)
 
