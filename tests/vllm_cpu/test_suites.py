@@ -28,7 +28,7 @@ LESSONS = {
 }
 PROFILE = """
 extends: {profiles}/cpu-tiny.yaml
-duration: 4
+duration: 6
 bounds: {{most_users: 16, search_duration: 2, soak_duration: 6, odd_requests: 500}}
 """
 
