@@ -133,6 +133,8 @@ def decide(item: pytest.Item, report: pytest.TestReport, *, strict: bool) -> Non
         report.outcome = "failed"
         report.longrepr = explain(v for v in verdicts if v.verdict == "inconclusive")
         only_strict = True
+    elif report.failed and verdict in ("pass", "inconclusive"):
+        verdict = "fail"  # by an assertion of the test's own
     # Other plugins may still change the report (xfail does); it is final at the test's teardown.
     record.passed = lambda: (report.passed or only_strict) and not hasattr(report, "wasxfail")
     from pytest_llmserve.report.result import run_to_dict

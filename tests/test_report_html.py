@@ -360,6 +360,21 @@ def test_a_large_run_is_sampled_and_says_so() -> None:
     assert sum(bins["rate"]) * width == pytest.approx(record.event_tokens.sum(), rel=1e-4)
 
 
+def test_rows_of_users_are_whole_or_not_drawn() -> None:
+    record, _ = samples.make_record(50, 60.0, output_tokens=4)
+    rows, note = series.lanes(record, 300)
+    shown = set(rows["user"])
+    whole = int(np.isin(record.user[record.phase == 1], list(shown)).sum())
+    assert len(rows["row"]) == whole <= 400
+    assert f"all those of {len(shown)} of 50 users" in note
+    slowest = int(np.nanargmax(record.first - record.intended))
+    assert int(record.user[slowest]) in shown
+    assert sorted(set(rows["lane"])) == list(range(len(shown)))
+    everything, note = series.lanes(record, 10**6)
+    assert note.startswith("All")
+    assert len(everything["row"]) == int((record.phase == 1).sum())
+
+
 def test_warm_up_and_gaps_of_nothing_disturb_no_chart() -> None:
     from dataclasses import replace
 

@@ -289,8 +289,8 @@ def _waterfall(lanes: bool) -> Spec:
         .transform_filter("datum.end >= t0 && datum.start <= t1")
         .transform_window(place="row_number()", sort=[alt.SortField("row")])
         .transform_calculate(
-            rank="datum.user + 0.92" if lanes else "datum.place",
-            below="datum.user + 0.08" if lanes else "datum.place - 1",
+            rank="datum.lane + 0.92" if lanes else "datum.place",
+            below="datum.lane + 0.08" if lanes else "datum.place - 1",
             seen="isValid(datum.first) ? datum.first : datum.end",
             ttft="isValid(datum.first) ? format(datum.first - datum.start, '.3~s') + 's' : 'none'",
             e2e="format(datum.end - datum.start, '.3~s') + 's'",

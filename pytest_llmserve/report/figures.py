@@ -30,6 +30,7 @@ from pytest_llmserve.report.series import (
     baseline_band,
     baseline_trend,
     distribution,
+    lanes,
     latencies,
     over_time,
     readings,
@@ -262,13 +263,13 @@ class Gallery:
                 )
             )  # fmt: skip
         added += self._gpus(run, shared, about)
-        requests, note = waterfall(record, self.budget.requests)
         users = run["load"].get("users", 0)
-        lanes = run["load"]["kind"] == "closed" and users <= _LANES
-        each = "a row for each user" if lanes else "a row for each request"
+        by_user = run["load"]["kind"] == "closed" and users <= _LANES
+        requests, note = (lanes if by_user else waterfall)(record, self.budget.requests)
+        each = "a row for each user" if by_user else "a row for each request"
         added.append(
             self.add(
-                "lanes" if lanes else "waterfall", f"Single requests, {each}",
+                "lanes" if by_user else "waterfall", f"Single requests, {each}",
                 "A bar for each request from when it was wanted to its first token and to its end, "
                 f"{each}. {note}",
                 {"requests": requests}, **about,

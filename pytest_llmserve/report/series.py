@@ -192,9 +192,36 @@ def waterfall(record: Record, most: int) -> tuple[Columns, str]:
             f"{len(slowest):,} with the slowest first token"
         )
         note += f" and {len(failed):,} that failed." if len(failed) else "."
+    return _bars(record, planned, chosen), note
+
+
+def lanes(record: Record, most: int) -> tuple[Columns, str]:
+    """Like `waterfall`, for a row each user (column `lane`): all requests of as many users as there
+    is room for, so that a gap in a row is one in the load. The user with the slowest first token is
+    among them."""
+    planned = np.flatnonzero(record.phase == 1)
+    shown = users = np.unique(record.user[planned])
+    note = f"All {len(planned):,} requests are drawn."
+    if len(planned) > most:
+        ttft = np.nan_to_num(record.first[planned] - record.intended[planned], nan=-1.0)
+        slowest = record.user[planned[np.argmax(ttft)]]
+        room = max(1, most * len(users) // len(planned))
+        shown = np.union1d(users[_even(len(users), room)][1:], [slowest])
+    chosen = planned[np.isin(record.user[planned], shown)]
+    if len(shown) < len(users):
+        note = (
+            f"{len(chosen):,} of {len(planned):,} requests are drawn: all those of {len(shown)} of "
+            f"{len(users)} users, the one with the slowest first token among them."
+        )
+    of_user = np.searchsorted(shown, record.user[chosen])
+    return {**_bars(record, planned, chosen), "lane": [int(lane) for lane in of_user]}, note
+
+
+def _bars(record: Record, planned: Array, chosen: Array) -> Columns:
+    """The columns of `waterfall` for the `chosen` of the `planned` requests."""
     rows = np.searchsorted(planned, chosen)
     start = record.info.start
-    columns: Columns = {
+    return {
         "row": [int(row) for row in rows],
         "user": [int(user) for user in record.user[chosen]],
         "start": _numbers(record.intended[chosen] - start, 4),
@@ -206,7 +233,6 @@ def waterfall(record: Record, most: int) -> tuple[Columns, str]:
             "" if code == 0 else ERRORS[code].replace("_", " ") for code in record.error[chosen]
         ],
     }
-    return columns, note
 
 
 @dataclass(frozen=True)
