@@ -10,6 +10,10 @@ class ConfigError(Exception):
     """Something the user wrote is wrong: an option, a marker, a server config, a baseline file."""
 
 
+class PlanError(ConfigError, ValueError):
+    """A load that cannot be: an argument of `closed_loop`, `open_loop`, `load` and the like."""
+
+
 class UnavailableError(ConfigError):
     """A test asks for a server that the profile or the endpoint does not have: it is skipped."""
 

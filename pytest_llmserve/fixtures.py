@@ -188,7 +188,7 @@ class Load:
                 seed=fresh_seed() if seed is None else seed,
             )
             _check_goodput(goodput)
-        except (ConfigError, ValueError) as error:
+        except ConfigError as error:
             stop_test(error)
         run = self.again(plan, allow_errors=allow_errors, goodput=goodput)
         for _ in range(1, self.runs):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_llmserve.errors import ConfigError
+from pytest_llmserve.errors import ConfigError, LoadError, ServerError
 from pytest_llmserve.run import Outcome, Run, Verdict, worst
 
 if TYPE_CHECKING:
@@ -116,6 +117,20 @@ def explain(verdicts: Iterable[Verdict]) -> str:
         for v in verdicts
     )
     return "\n".join(lines)
+
+
+def one_sentence(excinfo: pytest.ExceptionInfo[BaseException] | None) -> str | None:
+    """The sentence of an error that says all there is to say, after the line of the user's that it
+    is about; None for any other."""
+    if excinfo is None or not isinstance(excinfo.value, (ConfigError, ServerError, LoadError)):
+        return None
+    ours = Path(__file__).parent
+    lines = [
+        f"{entry.path}:{entry.lineno + 1}: "
+        for entry in excinfo.traceback
+        if isinstance(entry.path, Path) and entry.path.is_file() and ours not in entry.path.parents
+    ]
+    return f"{lines[-1] if lines else ''}{excinfo.value}"
 
 
 def decide(item: pytest.Item, report: pytest.TestReport, *, strict: bool) -> None:

@@ -26,7 +26,7 @@ from pytest_llmserve.fixtures import (
     marker_arguments,
     slo,
 )
-from pytest_llmserve.outcome import decide, forget, store_baselines
+from pytest_llmserve.outcome import decide, forget, one_sentence, store_baselines
 
 if TYPE_CHECKING:
     from pytest_llmserve.load.calibration import Calibration
@@ -169,6 +169,16 @@ def pytest_testnodedown(node: Any) -> None:
         node.config.stash[_DESELECTED] = True
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    call = getattr(report, "call", None)
+    sentence = one_sentence(call.excinfo) if call and report.failed else None
+    if sentence:
+        report.longrepr = sentence
+    return report
+
+
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
     return config.stash.get(_SERVERS, [])
 
@@ -186,6 +196,9 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     settings = item.config.stash[_SETTINGS]
+    sentence = one_sentence(call.excinfo)
+    if sentence and report.failed:
+        report.longrepr = sentence
     if call.when == "call":
         decide(item, report, strict=settings.strict)
     elif call.when == "teardown":

@@ -158,3 +158,40 @@ def test_a_broken_baseline_file_is_named_and_left_alone(project, text):
     assert result.ret == 1
     _clear(result, path.name)
     assert path.read_text() == text
+
+
+def test_what_cannot_be_is_a_sentence_and_the_line_it_is_about(project):
+    """An error that says all there is to say is shown without the frames it went through."""
+    pytester = project(
+        """
+@quick
+@pytest.mark.parametrize("wrong", [
+    lambda load: load(closed_loop(users=0)),
+    lambda load: load(open_loop(rate=float("nan"))),
+    lambda load: at_least("no_such_thing", 1),
+])
+def test_it(load, wrong):
+    wrong(load)
+
+def test_of_someone_else():
+    raise ValueError("as it is")
+"""
+    )
+    result = pytester.runpytest()
+    result.assert_outcomes(failed=4)
+    text = result.stdout.str()
+    name = "test_what_cannot_be_is_a_sentence_and_the_line_it_is_about.py"
+    assert f"{name}:10: closed_loop(users=0): users must be a whole number" in text
+    assert f"{name}:11: open_loop(rate=nan): rate must be positive" in text
+    assert f"{name}:12: at_least('no_such_thing', 1): no metric" in text
+    assert "plan.py" not in text
+    assert "slo.py" not in text
+    assert '>       raise ValueError("as it is")' in text
+
+
+def test_what_cannot_be_in_a_module_is_a_sentence(project):
+    pytester = project('LIMIT = at_most("ttft.p94", 1)\ndef test_it(): pass')
+    result = pytester.runpytest()
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*.py:7: at_most('ttft.p94', 1): no metric*did you mean*"])
+    assert "slo.py" not in result.stdout.str()

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from pytest_llmserve.errors import PlanError
+
 #: The ramp or lead-in that is chosen for a plan is a fifth of its duration, and at most this.
 LONGEST_LEAD = 10.0
 
@@ -30,15 +32,15 @@ class ClosedLoop:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.users, int) and self.users >= 1):
-            raise ValueError(
+            raise PlanError(
                 f"closed_loop(users={self.users!r}): users must be a whole number from 1 up"
             )
         if self.think_time < 0:
-            raise ValueError(
+            raise PlanError(
                 f"closed_loop(think_time={self.think_time!r}): think_time must not be negative"
             )
         if self.ramp is not None and self.ramp < 0:
-            raise ValueError(f"closed_loop(ramp={self.ramp!r}): ramp must not be negative")
+            raise PlanError(f"closed_loop(ramp={self.ramp!r}): ramp must not be negative")
 
 
 @dataclass(frozen=True)
@@ -63,28 +65,28 @@ class OpenLoop:
 
     def __post_init__(self) -> None:
         if not self.rate > 0:
-            raise ValueError(f"open_loop(rate={self.rate!r}): rate must be positive")
+            raise PlanError(f"open_loop(rate={self.rate!r}): rate must be positive")
         if self.arrivals not in ("poisson", "constant", "gamma"):
-            raise ValueError(
+            raise PlanError(
                 f"open_loop(arrivals={self.arrivals!r}): arrivals must be 'poisson', 'constant' "
                 "or 'gamma'"
             )
         if not self.burstiness > 0:
-            raise ValueError(
+            raise PlanError(
                 f"open_loop(burstiness={self.burstiness!r}): burstiness must be positive"
             )
         if self.burstiness != 1.0 and self.arrivals != "gamma":
-            raise ValueError(
+            raise PlanError(
                 f"open_loop(burstiness={self.burstiness!r}): burstiness is of arrivals='gamma'"
             )
         if self.between not in ("step", "ramp"):
-            raise ValueError(
+            raise PlanError(
                 f"open_loop(between={self.between!r}): between must be 'step' or 'ramp'"
             )
         object.__setattr__(self, "profile", tuple((float(a), float(b)) for a, b in self.profile))
         times = [at for at, _ in self.profile]
         if times != sorted(set(times)) or any(rate < 0 for _, rate in self.profile):
-            raise ValueError(
+            raise PlanError(
                 f"open_loop(profile={self.profile!r}): write pairs of rising times and rates that "
                 "are not negative"
             )
@@ -109,7 +111,7 @@ class Trace:
         from pytest_llmserve.load.files import read_trace
 
         if not self.scale > 0:
-            raise ValueError(f"trace(scale={self.scale!r}): scale must be positive")
+            raise PlanError(f"trace(scale={self.scale!r}): scale must be positive")
         rows = read_trace(self.file)
         length = rows[-1].at * self.scale
         object.__setattr__(self, "rate", (len(rows) - 1) / length if length else float(len(rows)))
@@ -132,15 +134,15 @@ class Lengths:
 
     def __post_init__(self) -> None:
         if self.kind not in ("uniform", "normal", "lognormal"):
-            raise ValueError(
+            raise PlanError(
                 f"Lengths(kind={self.kind!r}): kind must be 'uniform', 'normal' or 'lognormal'"
             )
         if not 1 <= self.low <= self.high:
-            raise ValueError(
+            raise PlanError(
                 f"Lengths(low={self.low!r}, high={self.high!r}): write 1 <= low <= high"
             )
         if self.kind != "uniform" and not (self.middle > 0 and self.spread >= 0):
-            raise ValueError(
+            raise PlanError(
                 f"Lengths(middle={self.middle!r}, spread={self.spread!r}): middle must be positive "
                 "and spread not negative"
             )
@@ -181,19 +183,19 @@ class Workload:
         ):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= least):
-                raise ValueError(
+                raise PlanError(
                     f"Workload({name}={value!r}): {name} must be a whole number from {least} up"
                 )
         shortest = self.prompt_lengths.low if self.prompt_lengths else self.prompt_tokens
         if self.shared_prefix > shortest:
-            raise ValueError(
+            raise PlanError(
                 f"Workload(shared_prefix={self.shared_prefix}): the prefix must not be longer than "
                 f"the prompt of {shortest} tokens"
             )
         if self.api not in ("completions", "chat"):
-            raise ValueError(f"Workload(api={self.api!r}): api must be 'completions' or 'chat'")
+            raise PlanError(f"Workload(api={self.api!r}): api must be 'completions' or 'chat'")
         if self.turns > 1 and (self.prompt_lengths or self.output_lengths or self.dataset):
-            raise ValueError(
+            raise PlanError(
                 f"Workload(turns={self.turns}): conversations have turns of fixed length, without "
                 "prompt_lengths, output_lengths and dataset"
             )
@@ -245,12 +247,12 @@ class LoadPlan:
     def __post_init__(self) -> None:
         for name in ("duration", "timeout"):
             if not getattr(self, name) > 0:
-                raise ValueError(
+                raise PlanError(
                     f"LoadPlan({name}={getattr(self, name)!r}): {name} must be a positive time"
                 )
         for name in ("warmup", "drain", "seed"):
             if not getattr(self, name) >= 0:
-                raise ValueError(
+                raise PlanError(
                     f"LoadPlan({name}={getattr(self, name)!r}): {name} must not be negative"
                 )
 
@@ -306,7 +308,7 @@ def changing_rate(
 ) -> OpenLoop:
     """Arrivals whose rate changes: pairs of seconds from the measured interval's start and rate."""
     if not profile or max(rate for _, rate in profile) <= 0:
-        raise ValueError(f"changing_rate{profile!r}: write pairs of a time and a positive rate")
+        raise PlanError(f"changing_rate{profile!r}: write pairs of a time and a positive rate")
     return OpenLoop(
         rate=max(rate for _, rate in profile),
         arrivals=arrivals,

@@ -78,7 +78,9 @@ def _ratio(pairs: Sequence[tuple[Run, Run]], objective: Objective) -> Verdict:
     return Verdict(name, found.ratio, objective.bound, "inconclusive", reason)
 
 
-def _too_few(pairs: int, missing: int) -> str:
+def _too_few(pairs: int, missing: int | None) -> str:
+    if missing is None:  # the noise is not known: no number of pairs can be named
+        return f"{several(pairs, 'pair')}: measure more"
     return f"{several(pairs, 'pair')}: {missing} more {'is' if missing == 1 else 'are'} needed"
 
 

@@ -142,7 +142,11 @@ def check_metric(name: object, where: str) -> None:
     near = get_close_matches(name, known, n=3, cutoff=0.5)
     if name == "users":
         near = ["concurrency.max"]
-    mend = f"did you mean {' or '.join(near)}?" if near else f"use one of {', '.join(known)}"
+    if near:
+        mend = f"did you mean {' or '.join(near)}?"
+    else:
+        groups = " ".join(f"{d}.p95" for d in DISTRIBUTIONS)
+        mend = f"use one of {' '.join(SCALARS)}, {groups}, or another of docs/metrics.md"
     raise ConfigError(f"{where}: no metric {name!r}: {mend}")
 
 
