@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_llmserve.fixtures import Load, make_load, serve
+from pytest_llmserve.fixtures import Load, machine, make_load, serve
 from pytest_llmserve.resolve import check_arguments
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def llm_server(**arguments: Any) -> Callable[..., Any]:
 
     @pytest.fixture
     def server(request: pytest.FixtureRequest) -> Generator[Server, None, None]:
-        from pytest_llmserve.plugin import session_of
-
-        with session_of(request.config).alone():
+        with machine(request):
             yield serve(request, arguments, where)
 
     return server

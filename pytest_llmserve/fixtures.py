@@ -8,6 +8,7 @@ imports more than pytest until it is used.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -48,6 +49,18 @@ def serve(request: pytest.FixtureRequest, arguments: Mapping[str, Any], where: s
     except ConfigError as error:
         stop_test(error)
     return _running(session, found.config, request.config)
+
+
+def machine(request: pytest.FixtureRequest) -> AbstractContextManager[None]:
+    """This machine without another load on it; says so while there is one."""
+    from pytest_llmserve.plugin import session_of
+
+    def waiting() -> AbstractContextManager[Any]:
+        from pytest_llmserve.report.progress import live
+
+        return live(request.config, "waiting for another load on this machine to end")
+
+    return session_of(request.config).alone(waiting)
 
 
 def _running(session: Session, config: ServerConfig, pytest_config: pytest.Config) -> Server:
@@ -108,10 +121,7 @@ def calibration_runs(item: pytest.Item) -> int | None:
 def llm_server(request: pytest.FixtureRequest) -> Generator[Server, None, None]:
     """The server that the options and the test's `llmserve` marker name: started once per effective
     config, shared by all tests, ended with the run. No other test loads this machine meanwhile."""
-    from pytest_llmserve.plugin import session_of
-
-    session = session_of(request.config)
-    with session.alone():
+    with machine(request):
         try:
             arguments = marker_arguments(request.node)
         except ConfigError as error:

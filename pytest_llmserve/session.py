@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,14 +59,28 @@ class Session:
 
         return self.manager.get(config, get_engine(config.engine), progress)
 
-    def alone(self) -> AbstractContextManager[Any]:
+    @contextmanager
+    def alone(
+        self, waiting: Callable[[], AbstractContextManager[Any]]
+    ) -> Generator[None, None, None]:
         """Held while a test uses servers: loads on one machine never overlap, not even those of
-        two pytest runs. The same process may enter it again."""
+        two pytest runs. The same process may enter it again. `waiting` is entered while another one
+        has the machine."""
+        from filelock import Timeout
+
         if self._lock is None:
             from pytest_llmserve.launch.leases import lease
 
             self._lock = lease("load")
-        return self._lock  # type: ignore[no-any-return]
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            with waiting():
+                self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """End all servers of the run and remove its folder (controller only)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -93,6 +94,37 @@ def test_a_load_says_how_long_it_will_take(project):
     assert {int(match[1]) for match in found} >= {1, 2}
     assert "s left" not in text
     assert re.search(r"::test_it PASSED +\[100%\]", text)
+
+
+HOLD = """
+import time
+from pytest_llmserve.launch.leases import lease
+lease("load").acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_waiting_for_another_runs_load_is_said(project, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # locks that this test has for itself
+    pytester = project("@quick\ndef test_it(llm_server): pass", {"conftest.py": SOON})
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True)
+    run = None
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        run = subprocess.Popen(
+            PYTEST, cwd=pytester.path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert run.stdout is not None
+        said = next(line for line in run.stdout if "waiting for another load" in line)
+        assert said.startswith("llmserve: waiting for another load on this machine to end")
+        holder.kill()
+        assert "1 passed" in run.stdout.read()
+    finally:
+        for process in filter(None, (holder, run)):
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
