@@ -99,7 +99,8 @@ def test_a_load_says_how_long_it_will_take(project):
 HOLD = """
 import time
 from pytest_llmserve.launch.leases import lease
-lease("load").acquire()
+held = lease("load")
+held.acquire()
 print("held", flush=True)
 time.sleep(60)
 """
