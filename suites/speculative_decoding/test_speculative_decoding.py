@@ -20,6 +20,8 @@ eagle_server = factories.llm_server(variant="eagle")
 load_speculative = factories.load("speculative_server")
 load_draft_model = factories.load("draft_model_server")
 load_eagle = factories.load("eagle_server")
+synthetic_server = factories.llm_server(variant="synthetic")
+load_synthetic = factories.load("synthetic_server")
 
 
 @pytest.fixture(params=WAYS)
@@ -45,10 +47,16 @@ def texts(count, profile):
 
 
 @pytest.fixture
-def compare(load, load_guessing, ab, llm_profile, tmp_path):
-    """Pairs of runs without and with speculation for a number of users."""
+def guessable(llm_profile, tmp_path):
+    """A file of such prompts, as the `dataset` of a load."""
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts(200, llm_profile)))
+    return str(file)
+
+
+@pytest.fixture
+def compare(load, load_guessing, ab, llm_profile, guessable):
+    """Pairs of runs without and with speculation for a number of users."""
 
     def measure(users):
         return ab(
@@ -57,7 +65,7 @@ def compare(load, load_guessing, ab, llm_profile, tmp_path):
             closed_loop(users=users),
             pairs=3,
             duration=llm_profile.duration / 6,
-            dataset=str(file),
+            dataset=guessable,
             output_tokens=llm_profile.output_tokens,
         )
 
@@ -91,3 +99,20 @@ def test_answers_are_the_same(llm_server, guessing_server, llm_profile):
     plain = greedy(llm_server, asked, llm_profile.output_tokens)
     guessed = greedy(guessing_server, asked, llm_profile.output_tokens)
     assert agreement(plain, guessed) >= llm_profile.bound("same_answers")
+
+
+def test_a_set_rate_of_right_guesses(load_synthetic, slo, llm_profile, guessable):
+    """What would guesses be worth that are right so often? The server accepts at a set rate instead
+    of by checking, whatever the text; what it counts must be what it was told."""
+    told = load_synthetic.server.config.args["speculative-config"]["synthetic_acceptance_length"]
+    run = load_synthetic(
+        closed_loop(users=1),
+        duration=llm_profile.duration / 6,
+        dataset=guessable,
+        output_tokens=llm_profile.output_tokens,
+    )
+    slo.check(
+        run,
+        at_least("server.accepted_length", 0.85 * told),
+        at_most("server.accepted_length", 1.15 * told),
+    )
