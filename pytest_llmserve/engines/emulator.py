@@ -8,6 +8,7 @@ from typing import Any
 
 from pytest_llmserve.engines import Engine, Failure, Fetch, version_at
 from pytest_llmserve.engines.options import option_words
+from pytest_llmserve.engines.vllm import COUNTERS
 from pytest_llmserve.servers import Emulation, ServerConfig
 
 #: The variable in which the launcher hands over the key.
@@ -122,24 +123,7 @@ ENGINE = Engine(
     ),
     body={"ignore_eos": True},
     token_prompts=True,
-    counters={
-        "running": ("vllm:num_requests_running",),
-        "waiting": ("vllm:num_requests_waiting",),
-        "kv_usage": ("vllm:kv_cache_usage_perc",),
-        "prompt_tokens": ("vllm:prompt_tokens_total",),
-        "cached_tokens": ("vllm:prompt_tokens_cached_total",),
-        "generation_tokens": ("vllm:generation_tokens_total",),
-        "requests": ("vllm:request_success_total",),
-        "preemptions": ("vllm:num_preemptions_total",),
-        "prefix_queries": ("vllm:prefix_cache_queries_total",),
-        "prefix_hits": ("vllm:prefix_cache_hits_total",),
-        "spec_drafts": ("vllm:spec_decode_num_drafts_total",),
-        "spec_draft_tokens": ("vllm:spec_decode_num_draft_tokens_total",),
-        "spec_accepted_tokens": ("vllm:spec_decode_num_accepted_tokens_total",),
-        "ttft": ("vllm:time_to_first_token_seconds",),
-        "queue_time": ("vllm:request_queue_time_seconds",),
-        "e2e": ("vllm:e2e_request_latency_seconds",),
-    },
+    counters=COUNTERS,  # its own account has their names in every dialect
     version=version_at("/version"),
     effective=effective,
     needs_gpu=False,

@@ -7,6 +7,7 @@ release 0.32; the failures are lines of real logs of its CPU build, the GPU ones
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pytest_llmserve.engines import Engine, Failure, Fetch, version_at
@@ -93,6 +94,31 @@ def _in_force(sections: Mapping[str, Any]) -> dict[str, Any]:
         }
     return found
 
+
+#: Our names of server metrics → those of vLLM, newest first.
+COUNTERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "running": ("vllm:num_requests_running",),
+        "waiting": ("vllm:num_requests_waiting",),
+        "kv_usage": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
+        "prompt_tokens": ("vllm:prompt_tokens_total",),
+        "cached_tokens": ("vllm:prompt_tokens_cached_total",),
+        "generation_tokens": ("vllm:generation_tokens_total",),
+        "requests": ("vllm:request_success_total",),
+        "preemptions": ("vllm:num_preemptions_total",),
+        "prefix_queries": (
+            "vllm:prefix_cache_queries_total",
+            "vllm:gpu_prefix_cache_queries_total",
+        ),
+        "prefix_hits": ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"),
+        "spec_drafts": ("vllm:spec_decode_num_drafts_total",),
+        "spec_draft_tokens": ("vllm:spec_decode_num_draft_tokens_total",),
+        "spec_accepted_tokens": ("vllm:spec_decode_num_accepted_tokens_total",),
+        "ttft": ("vllm:time_to_first_token_seconds",),
+        "queue_time": ("vllm:request_queue_time_seconds",),
+        "e2e": ("vllm:e2e_request_latency_seconds",),
+    }
+)
 
 ENGINE = Engine(
     name="vllm",
@@ -232,27 +258,7 @@ ENGINE = Engine(
     ),
     body={"ignore_eos": True},
     token_prompts=True,
-    counters={
-        "running": ("vllm:num_requests_running",),
-        "waiting": ("vllm:num_requests_waiting",),
-        "kv_usage": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"),
-        "prompt_tokens": ("vllm:prompt_tokens_total",),
-        "cached_tokens": ("vllm:prompt_tokens_cached_total",),
-        "generation_tokens": ("vllm:generation_tokens_total",),
-        "requests": ("vllm:request_success_total",),
-        "preemptions": ("vllm:num_preemptions_total",),
-        "prefix_queries": (
-            "vllm:prefix_cache_queries_total",
-            "vllm:gpu_prefix_cache_queries_total",
-        ),
-        "prefix_hits": ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total"),
-        "spec_drafts": ("vllm:spec_decode_num_drafts_total",),
-        "spec_draft_tokens": ("vllm:spec_decode_num_draft_tokens_total",),
-        "spec_accepted_tokens": ("vllm:spec_decode_num_accepted_tokens_total",),
-        "ttft": ("vllm:time_to_first_token_seconds",),
-        "queue_time": ("vllm:request_queue_time_seconds",),
-        "e2e": ("vllm:e2e_request_latency_seconds",),
-    },
+    counters=COUNTERS,
     version=version_at("/version"),
     effective=effective,
     api_key="VLLM_API_KEY",
