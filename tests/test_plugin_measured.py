@@ -61,7 +61,7 @@ SPECULATING = """
 @pytest.mark.llmserve(
     engine="emulator",
     emulation={"hardware": "h100", "model": "qwen3-0.6b", "weights": "bf16", "kv": "bf16",
-               "options": {"num-speculative-tokens": 3, "acceptance": 0.7}},
+               "options": {"num-speculative-tokens": 3, "acceptance": 0.7, "overhead": 0.005}},
 )
 def test_it(load, slo):
     run = load(closed_loop(users=2), **SHORT)
