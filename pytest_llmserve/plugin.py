@@ -155,6 +155,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    if not items:  # pytest tells of it when --last-failed leaves nothing out
+        return
     config = items[0].config
     if _worker_input(config):
         config.workeroutput["llmserve_deselected"] = True  # type: ignore[attr-defined]

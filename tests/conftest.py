@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,11 @@ from typing import Any
 import numpy as np  # noqa: F401 - pytester forgets what a run in this process imported, and
 import pytest
 import scipy.stats  # noqa: F401 - these cannot be imported twice
+
+# Loads never overlap on a machine, by a lock in the folder for temporary files. Tests here say
+# nothing of speed, so each pytest-xdist worker has such a folder, and locks, of its own.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix=f"llmserve-{worker}-")
 
 #: Put before every test file: `quick` is a marker for an emulated server with short steps.
 HEADER = """

@@ -64,3 +64,12 @@ def test_a_run_without_our_tests_makes_no_folder(pytester, monkeypatch, tmp_path
     pytester.makepyfile(BODY)
     pytester.runpytest_subprocess()
     assert not list(tmp_path.glob("llmserve-*"))
+
+
+def test_what_failed_is_run_again(pytester):
+    """pytest tells plugins of tests left out even if there are none."""
+    pytester.makepyfile("def test_fail(): assert 1 == 2")
+    pytester.runpytest_subprocess().assert_outcomes(failed=1)
+    again = pytester.runpytest_subprocess("--last-failed")
+    again.assert_outcomes(failed=1)
+    assert again.ret == 1
