@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ import scipy.stats  # noqa: F401 - these cannot be imported twice
 # nothing of speed, so each pytest-xdist worker has such a folder, and locks, of its own.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix=f"llmserve-{worker}-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 #: Put before every test file: `quick` is a marker for an emulated server with short steps.
 HEADER = """
