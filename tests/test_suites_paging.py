@@ -59,7 +59,7 @@ def run_lesson(
     ("lesson", "expected"),
     [
         ("paged_attention", {"passed": 6}),
-        ("speculative_decoding", {"passed": 3, "skipped": 6}),
+        ("speculative_decoding", {"passed": 4, "skipped": 6}),
         ("tensorrt_llm", {"passed": 3}),
     ],
 )
@@ -75,6 +75,11 @@ def fault(text: str) -> dict[str, Any]:
 SPECULATIVE = {
     "speculative-config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
 }
+
+
+def synthetic(length: float) -> dict[str, Any]:
+    config = SPECULATIVE["speculative-config"]
+    return {"speculative-config": {**config, "synthetic_acceptance_length": length}}
 
 
 @pytest.mark.parametrize(
@@ -121,6 +126,11 @@ SPECULATIVE = {
             {}, {"speculative": {
                 "args": SPECULATIVE, "options": fault("throttle=after:0,factor:4")}},
             "failed", "B/A output_throughput >= ", id="speculation loses with many users",
+        ),
+        pytest.param(
+            "speculative_decoding", "set_rate",
+            {}, {"synthetic": {"args": synthetic(2.5), "options": synthetic(1.5)}},
+            "failed", "server.accepted_length >= ", id="another rate than it was told",
         ),
         pytest.param(
             "tensorrt_llm", "chat and all",
