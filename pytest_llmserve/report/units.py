@@ -32,7 +32,7 @@ def show(metric: str, value: float | None) -> str:
         return f"{_digits(value / _UNITS[name][1])} {_UNITS[name][0]}"
     if name in _SHARES or metric == "goodput.fraction":
         return f"{value:.1%}".replace("%", " %")
-    if name in _TIMES:
+    if name in _TIMES and not metric.endswith(".count"):
         return show_time(value)
     if name in _TOKENS_PER_SECOND:
         return f"{_digits(value)} tok/s"
