@@ -17,7 +17,9 @@ import scipy.stats  # noqa: F401 - these cannot be imported twice
 
 # Loads never overlap on a machine, by a lock in the folder for temporary files. Tests here say
 # nothing of speed, so each pytest-xdist worker has such a folder, and locks, of its own.
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+# What such a worker is told by its environment is not for the runs that tests start.
+if worker := os.environ.pop("PYTEST_XDIST_WORKER", None):
+    os.environ.pop("COLUMNS", None)
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix=f"llmserve-{worker}-")
     atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
