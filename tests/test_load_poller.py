@@ -37,3 +37,20 @@ def test_says_what_is_ready_at_once(poller):
     poller.unregister(end)
     os.close(end)
     os.close(other)
+
+
+def test_learns_how_late_this_machine_wakes_up(poller):
+    assert poller._spin == 300e-6
+    for _ in range(100):
+        poller.poll(time.monotonic() + 5e-4)
+    assert 60e-6 <= poller._spin <= 300e-6
+    before = poller.spun
+    poller.poll(time.monotonic() + 1e-3, exact=False)
+    assert poller.spun == before
+
+
+def test_an_inexact_wait_ends_no_earlier(poller):
+    for wait in (0.0, 3e-4, 2.3e-3):
+        deadline = time.monotonic() + wait
+        assert poller.poll(deadline, exact=False) == []
+        assert time.monotonic() >= deadline - 1e-5

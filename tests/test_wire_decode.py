@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from wire_server import DONE, HEAD, LAST, chunk, delta, event, text, usage
 
+from pytest_llmserve.load.clock import nanoseconds, nanoseconds_of
 from pytest_llmserve.load.decode import Decoder
 from pytest_llmserve.load.record import ERRORS
 
@@ -159,3 +160,9 @@ def test_a_stream_that_ends_with_the_connection():
 def test_no_bytes_break_the_decoder(junk, stream):
     decode(junk, stream=stream)
     decode(HEAD + chunk(junk or b"x") + LAST, stream=stream)
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 2**62)), max_size=20))
+def test_stamps_are_read_one_by_one_as_all_at_once(times):
+    stamps = [None if t is None else struct.pack("@qq", *divmod(t, 10**9)) for t in times]
+    assert nanoseconds_of(stamps).tolist() == [nanoseconds(stamp) for stamp in stamps]

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pytest_llmserve.load.record import Array
 
 #: `SO_TIMESTAMPNS` where its number and `struct timespec` are as on x86-64 and aarch64, else None.
@@ -33,6 +35,16 @@ def nanoseconds(stamp: bytes | None) -> int:
         return 0
     seconds, rest = _timespec(stamp)
     return int(seconds) * 1_000_000_000 + int(rest)
+
+
+def nanoseconds_of(stamps: Sequence[bytes | None]) -> Array:
+    """`nanoseconds` of many, as int64."""
+    try:
+        times = np.frombuffer(b"".join(stamps), np.int64)  # type: ignore[arg-type]
+        parts = times.reshape(len(stamps), 2)
+        return np.asarray(parts[:, 0] * 1_000_000_000 + parts[:, 1])
+    except (TypeError, ValueError):  # one is missing, or not of this size
+        return np.array([nanoseconds(stamp) for stamp in stamps], np.int64)
 
 
 class Clock:

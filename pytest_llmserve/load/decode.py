@@ -8,7 +8,7 @@ from typing import Any
 import httptools
 import msgspec
 
-from pytest_llmserve.load.clock import nanoseconds
+from pytest_llmserve.load.clock import nanoseconds, nanoseconds_of
 from pytest_llmserve.load.record import ERRORS
 from pytest_llmserve.load.sse import EventStream, EventTooLongError
 
@@ -120,9 +120,11 @@ class Decoder:
         self._body: list[bytes] = []
         self._data: list[bytes] = []  # events of the read being fed
         self._parser = httptools.HttpResponseParser(self)
+        self._stamps: list[bytes | None] = []
         self._place = -1
         self._end: Read | None = None  # the read that ended the answer, as far as it is known
         self._done = self._ended = self._failed = self._broken = self._until_eof = False
+        self._events_follow = False  # the body is server-sent events
         self._body_seen = self._heard = False  # any body, any event in it
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -132,12 +134,19 @@ class Decoder:
     def on_message_begin(self) -> None:
         self._until_eof = True
 
+    def on_headers_complete(self) -> None:
+        self._events_follow = self._stream and self._parser.get_status_code() == 200
+
     def on_body(self, body: bytes) -> None:
         if self._ended:
             return  # a second response that nobody asked for
-        if self._stream and self._parser.get_status_code() == 200:
+        if self._events_follow:
             self._body_seen = True
-            self._data += self._events.feed(body)
+            data = self._events.one(body)
+            if data is None:
+                self._data += self._events.feed(body)
+            else:
+                self._data.append(data)
         else:
             self._body.append(body)
 
@@ -156,7 +165,7 @@ class Decoder:
             self._broken = not self._ended
         if self._data:
             self._take(self._data, read)
-            self._data.clear()
+            self._data = []
         if not self._done:
             self._end = read
 
@@ -192,8 +201,8 @@ class Decoder:
             ):
                 answer.cached_tokens = usage.prompt_tokens_details.cached_tokens
         for choice in chunk.choices or ():
-            if choice.output:
-                answer.stamps.append(nanoseconds(read[1]))
+            if choice.text or choice.output:
+                self._stamps.append(read[1])
                 answer.reads.append(read[2])
                 answer.places.append(self._place)
                 answer.totals.append(total)
@@ -208,6 +217,7 @@ class Decoder:
                 self._take(self._events.finish(), last)
             elif not self._stream and answer.status == 200 and (self._ended or self._until_eof):
                 self._whole(b"".join(self._body), last)
+        answer.stamps = array("q", nanoseconds_of(self._stamps).tobytes())
         if self._end is not None:
             answer.end_stamp, answer.end_read = nanoseconds(self._end[1]), self._end[2]
         answer.error = self._judge(error, want_output)

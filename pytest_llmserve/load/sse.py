@@ -21,20 +21,27 @@ class EventStream:
         self._rest = b""
         self._started = False
 
+    def one(self, body: bytes) -> bytes | None:
+        """The data of these bytes if they are just one event of one line, as nearly all are.
+
+        If they are not, None: then they are still to be fed.
+        """
+        if (
+            body[-2:] == b"\n\n"
+            and body[:6] == b"data: "
+            and self._started
+            and not self._rest
+            and body.find(b"\n") == len(body) - 2
+            and b"\r" not in body
+        ):
+            return body[6:-2]
+        return None
+
     def feed(self, body: bytes) -> list[bytes]:
         """The data of the events that these bytes completed.
 
         Raises EventTooLongError when an event goes on for more than `EVENT_CAP` bytes.
         """
-        if (  # one whole event of one line, as nearly all are
-            self._started
-            and not self._rest
-            and body.startswith(b"data: ")
-            and body.endswith(b"\n\n")
-            and body.find(b"\n") == len(body) - 2
-            and b"\r" not in body
-        ):
-            return [body[6:-2]]
         text = self._rest + body if self._rest else body
         if not self._started and len(text) >= 3:
             self._started = True
