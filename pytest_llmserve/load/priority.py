@@ -24,6 +24,35 @@ _SLICE = 100_000
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 
 
+#: With so few cores nobody gets one to himself.
+_FEW_CORES = 4
+
+
+def core_for_drivers() -> int | None:
+    """The core for calls into a device's driver while a load runs; None if there are few cores.
+
+    Such a call can take milliseconds in the kernel, and a kernel without preemption gives the core
+    to nobody meanwhile, real-time priority or not. So telemetry keeps to this core and the client
+    off it: both take the last of the cores that they may use.
+    """
+    if sys.platform != "linux":
+        return None
+    cores = os.sched_getaffinity(0)
+    return max(cores) if len(cores) >= _FEW_CORES else None
+
+
+def keep_to(core: int) -> None:
+    """Let the calling thread use this core only."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, {core})
+
+
+def keep_off(core: int) -> None:
+    """Let the calling thread, and those it starts, use all its cores but this one."""
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, os.sched_getaffinity(0) - {core})
+
+
 class _Attributes(ctypes.Structure):
     """`struct sched_attr` (include/uapi/linux/sched/types.h), version 0."""
 

@@ -26,7 +26,7 @@ from pytest_llmserve.errors import ConfigError, LoadError
 from pytest_llmserve.load import assemble, plan
 from pytest_llmserve.load.client import Client, Exchange
 from pytest_llmserve.load.drivers import Closed, Open, Shard, Warmup
-from pytest_llmserve.load.priority import scheduled_soon
+from pytest_llmserve.load.priority import core_for_drivers, keep_off, scheduled_soon
 from pytest_llmserve.load.record import Record, RecordInfo
 from pytest_llmserve.load.requests import Requests
 from pytest_llmserve.load.tokens import Prompts
@@ -207,6 +207,9 @@ def main() -> int:
     job = json.loads(line)
     os.set_blocking(1, False)
     _raise_file_limit()
+    core = core_for_drivers()
+    if core is not None:
+        keep_off(core)
     try:
         record = Worker(job).run()
         record.save(Path(job["record"]))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_llmserve.load.priority import core_for_drivers, keep_to
 from pytest_llmserve.metrics import nvml as nvml_module
 from pytest_llmserve.metrics.nvml import REASONS, Gpu
 from pytest_llmserve.metrics.server import between, mean_in
@@ -205,6 +206,9 @@ class Recorder:
         return ""
 
     def _work(self) -> None:
+        core = core_for_drivers()
+        if core is not None:
+            keep_to(core)
         due = looked = time.monotonic()
         while not self._end.wait(max(0.0, due - time.monotonic())):
             begin = time.monotonic()
