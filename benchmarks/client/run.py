@@ -1,9 +1,9 @@
 """How accurate and how cheap is the load client? `python benchmarks/client/run.py`.
 
 Prints one table of its errors against the emulator's log of true times, quiet and with busy
-processes on the client's core, and one of how many events a core can record. The server has a
-core of its own, and real-time priority where that is allowed, so that what is measured is the
-client. Needs Linux and two cores; nothing else may run meanwhile.
+processes on the client's core, what the barest of loops would cost, and how many events a core
+can record. The server has a core of its own, and real-time priority where that is allowed, so that
+what is measured is the client. Needs Linux and two cores; nothing else may run meanwhile.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -27,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pytest_llmserve.load import calibration, client
 from pytest_llmserve.load.calibration import errors, exact_server
+from pytest_llmserve.load.clock import ANCILLARY, SO_TIMESTAMPNS
 from pytest_llmserve.load.control import drive
 from pytest_llmserve.load.plan import LoadPlan, Target, Workload, closed_loop
+from pytest_llmserve.load.priority import scheduled_soon
 from pytest_llmserve.metrics.definitions import measure
 
 TTFT, TPOT, TOKENS = 0.2, 0.02, 100
@@ -79,6 +82,48 @@ def accuracy(users: int, duration: float, disturbers: int, ramp: float | None) -
         "delivered": metrics["concurrency"]["mean"] / users,
         "timestamps": record.info.timestamps,
     }
+
+
+def floor(users: int, duration: float, ramp: float) -> float:
+    """CPU seconds for 1,000 events of a loop that only waits, receives and takes the time.
+
+    The same server and the same users, but nothing is parsed, kept in order or checked: what this
+    machine and Python take of the client's cost. Less is not to be had without another language.
+    """
+    body = json.dumps({
+        "model": calibration.MODEL, "prompt": list(calibration._IDS[:128]), "max_tokens": TOKENS,
+        "stream": True, "ignore_eos": True,
+    }).encode()  # fmt: skip
+    request = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        os.sched_setaffinity(0, {SERVER_CORE})
+        times = ("--schedule", "exact", "--ttft", str(TTFT), "--tpot", str(TPOT))
+        with exact_server(Path(folder, "truth.csv"), *times) as url, scheduled_soon():
+            os.sched_setaffinity(0, {CLIENT_CORE})
+            poll, conns = select.epoll(), {}
+            for _ in range(users):
+                conn = socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+                conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                conn.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+                poll.register(conn.fileno(), select.EPOLLIN)
+                conns[conn.fileno()] = conn
+            begin, waiting, kept = time.monotonic(), list(conns.values()), []
+            spent = time.process_time()
+            while (now := time.monotonic()) < begin + duration:
+                while waiting and now >= begin + ramp * (users - len(waiting)) / users:
+                    waiting.pop().send(request)
+                for fd, _ in poll.poll(0.02 if waiting else 1.0):
+                    data, ancillary, _, _ = conns[fd].recvmsg(1 << 14, ANCILLARY)
+                    kept.append((data, ancillary[0][2], time.monotonic()))
+                    if data.endswith(b"0\r\n\r\n"):
+                        conns[fd].send(request)
+            spent = time.process_time() - spent
+            for conn in conns.values():
+                conn.close()
+    return spent / len(kept) * 1e3
 
 
 EVENT = (
@@ -164,6 +209,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     load = [accuracy(options.users, options.duration, n, options.ramp) for n in options.busy]
+    ramp = TTFT + TPOT * TOKENS if options.ramp is None else options.ramp
+    least = floor(options.users, options.duration, ramp)
     rates = [rate(1, 200_000), rate(8, 400_000)]
     print(
         "| busy | requests | TTFT error p50 / p95 / p99, ms | ITL error p99, ms | sent late p99 |"
@@ -182,6 +229,7 @@ def main() -> None:
             f"| {row['busy processes']} | {row['cpu per 1000 events']:.4f} "
             f"| {row['delivered']:.2%} | {_ms(row['client lag p99'])} ms | {row['timestamps']} |"
         )
+    print(f"\nA loop that only waits and receives: {least:.4f} CPU s per 1,000 events.")
     print("\n| events a read | recorded a second of CPU | recorded a second | decoded |")
     print("|---|---|---|---|")
     for row in rates:
@@ -190,7 +238,9 @@ def main() -> None:
             f"| {row['recorded a second']:,.0f} | {row['decoded a second of CPU']:,.0f} |"
         )
     if options.json:
-        options.json.write_text(json.dumps({"accuracy": load, "rates": rates}, indent=1))
+        options.json.write_text(
+            json.dumps({"accuracy": load, "floor": least, "rates": rates}, indent=1)
+        )
 
 
 if __name__ == "__main__":
