@@ -33,7 +33,7 @@ from pytest_llmserve.load.tokens import Prompts
 from pytest_llmserve.poller import tighten_timers
 
 #: Raised with every change of the client that can move a measured value.
-CLIENT_VERSION = "2"
+CLIENT_VERSION = "3"
 
 _TICK = 0.25
 _HEAD_START = 0.1  # from the end of the warm-up to the start of the plan
