@@ -18,9 +18,9 @@ READ: int = select.POLLIN
 WRITE: int = select.POLLOUT
 
 _PR_SET_TIMERSLACK = 29
-# Sleep until some time before a deadline and spin for the rest. How much is learned from how late
-# the sleeps end, from one machine (60 µs) to the next (200 µs on some virtual ones).
-_SPIN, _SPIN_AT_MOST = 60e-6, 300e-6
+# Sleep until this long before a deadline and spin for the rest: a wake-up costs about this much on
+# bare metal.
+_SPIN = 60e-6
 _FORGET = 0.05  # how fast a late wake-up is forgotten
 # From here on whole milliseconds are good enough for the first part of a wait.
 _COARSE = 2e-3
@@ -43,12 +43,16 @@ class Poller:
     Create it early: its own descriptor must be below 1024, as `select(2)` knows no other.
     Without epoll (macOS, the BSDs) it is made of `poll(2)`, which waits whole milliseconds; the
     last one before a deadline is then slept away in short pieces.
+
+    `spin` is the longest to look at the clock before a deadline, in seconds. Virtual machines may
+    wake up 0.2 ms late; how late this one does is learned, up to that bound. Who has few deadlines
+    can afford it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spin: float = _SPIN) -> None:
         #: Seconds spent looking instead of sleeping: processor time that work could have had.
         self.spun = 0.0
-        self._spin = _SPIN_AT_MOST
+        self._spin = self._spin_at_most = spin
         self._set = select.epoll() if hasattr(select, "epoll") else _PollSet()
 
     def register(self, fd: int, mask: int) -> None:
@@ -84,7 +88,7 @@ class Poller:
         begun = now = time.monotonic()
         ready = self._set.poll(0)
         if wait > 0 and not ready:
-            late = min(max(now - deadline + 2 * self._spin, _SPIN), _SPIN_AT_MOST)
+            late = min(max(now - deadline + 2 * self._spin, _SPIN), self._spin_at_most)
             self._spin = max(late, self._spin + (late - self._spin) * _FORGET)
         while not ready and now < deadline:
             ready = self._set.poll(0)

@@ -51,6 +51,7 @@ _READS_IDLE = 64  # decoded in one piece of idle work: well under a millisecond
 _READS_AT_ONCE = 1 << 20
 _CORK: int | None = getattr(socket, "TCP_CORK", None)
 _DISCARD = struct.pack("ii", 1, 0)  # struct linger: what is not sent yet is not to be sent
+_SPIN = 300e-6  # at most so long before a request is due the clock is looked at
 _now = time.monotonic
 
 
@@ -197,7 +198,7 @@ class Client:
         prepare: Callable[[Exchange], None],
         on_end: Callable[[Exchange], None],
     ) -> None:
-        self.poller = Poller()
+        self.poller = Poller(_SPIN)
         self.clock = Clock()
         self.exchanges: list[Exchange] = []  # all that were launched
         self.in_flight = 0
