@@ -88,7 +88,7 @@ def floor(users: int, duration: float, ramp: float) -> float:
     """CPU seconds for 1,000 events of a loop that only waits, receives and takes the time.
 
     The same server and the same users, but nothing is parsed, kept in order or checked: what this
-    machine and Python take of the client's cost. Less is not to be had without another language.
+    machine and Python take of the client's cost.
     """
     body = json.dumps({
         "model": calibration.MODEL, "prompt": list(calibration._IDS[:128]), "max_tokens": TOKENS,

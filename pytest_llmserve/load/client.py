@@ -313,7 +313,7 @@ class Client:
     def _reserve(self, exchange: Exchange) -> None:
         if not exchange.request:
             self._prepare(exchange)
-        conn = exchange.conn = (self._pool.pop() if self._pool else None) or self._open()
+        conn = exchange.conn = self._connection()
         if conn is not None:
             conn.exchange = exchange
             conn.expect()
@@ -344,13 +344,16 @@ class Client:
             self._attach(exchange)
 
     def _attach(self, exchange: Exchange) -> None:
-        conn = exchange.conn or (self._pool.pop() if self._pool else None) or self._open()
+        conn = exchange.conn or self._connection()
         if conn is None:
             self._fail(exchange, decode.REFUSED)
             return
         exchange.conn, conn.exchange = conn, exchange
         if conn.open:
             self._transmit(conn, exchange)
+
+    def _connection(self) -> Connection | None:
+        return self._pool.pop() if self._pool else self._open()
 
     def _transmit(self, conn: Connection, exchange: Exchange) -> None:
         exchange.connect += conn.setup

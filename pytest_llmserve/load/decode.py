@@ -165,7 +165,7 @@ class Decoder:
             self._broken = not self._ended
         if self._data:
             self._take(self._data, read)
-            self._data = []
+            self._data.clear()
         if not self._done:
             self._end = read
 
